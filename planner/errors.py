@@ -1,0 +1,21 @@
+"""Expected outcomes of planner, grouped by meaning."""
+
+from hwmodels.errors import ShardwiseError
+
+
+class PlanError(ShardwiseError):
+    """A plan file or question that cannot be used as given."""
+
+    exit_code = 4
+
+
+class NoFeasiblePlanError(ShardwiseError):
+    """No plan meets the limits; the message names the violated limit and the best reachable value."""
+
+    exit_code = 7
+
+
+class SaveError(ShardwiseError):
+    """A result that cannot be written where it was asked for; nothing was left half-written."""
+
+    exit_code = 8
