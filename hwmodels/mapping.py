@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Bytes of one element; the 4-bit formats exclude their group scales (see Precision.weight_bytes).
+#: Bytes of one element; the 4-bit formats exclude their group scales (see weight_bytes).
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5, "fp4": 0.5}
+
+#: Bytes of scales per 4-bit weight: AWQ/GPTQ int4 one fp16 scale and zero point per 128; NVFP4 one fp8 scale per 16.
+SCALE_BYTES = {"int4": 2.5 / 128, "fp4": 1.0 / 16}
+
+
+def weight_bytes(dtype: str) -> float:
+    """Bytes of one stored weight, its share of the group scales included."""
+    return DTYPE_BYTES[dtype] + SCALE_BYTES.get(dtype, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

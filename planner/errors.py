@@ -13,9 +13,3 @@ class NoFeasiblePlanError(ShardwiseError):
     """No plan meets the limits; the message names the violated limit and the best reachable value."""
 
     exit_code = 7
-
-
-class SaveError(ShardwiseError):
-    """A result that cannot be written where it was asked for; nothing was left half-written."""
-
-    exit_code = 8

@@ -13,3 +13,15 @@ class SchedulerError(ShardwiseError):
     """Scheduler settings that contradict each other."""
 
     exit_code = 4
+
+
+class MetricError(ShardwiseError):
+    """A latency limit or measuring window that cannot be used as given."""
+
+    exit_code = 4
+
+
+class SaveError(ShardwiseError):
+    """A result that cannot be written where it was asked for; nothing was left half-written."""
+
+    exit_code = 8

@@ -1,0 +1,42 @@
+"""What a serving engine adds to its kernels: host work per step and memory it keeps for itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from hwmodels.yamlfiles import PROFILES, named, read_as
+
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Engine:
+    """A serving engine's overheads.
+
+    step_overhead_s       host time of a step that the device cannot hide (scheduling, input preparation, sampling)
+    sequence_overhead_s   the same per sequence in the step
+    memory_fraction       share of the device's memory the engine may use
+    reserve_bytes         part of that share taken by CUDA context, graphs and communication buffers
+    """
+
+    name: str
+    source: str
+    step_overhead_s: float = Field(ge=0)
+    sequence_overhead_s: float = Field(ge=0)
+    memory_fraction: float = Field(gt=0, le=1)
+    reserve_bytes: float = Field(ge=0)
+
+
+def engine_names() -> list[str]:
+    """Names of the shipped engine profiles."""
+    return sorted(path.stem for path in (PROFILES / "engines").glob("*.yaml"))
+
+
+def load_engine(name: str) -> Engine:
+    """The engine profile called `name`, or that of the YAML file at the path `name`.
+
+    Raises ProfileError for an unknown name or an invalid file.
+    """
+    path: Path = named("engine", name, PROFILES / "engines")
+    return read_as(Engine, path)

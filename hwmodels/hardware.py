@@ -1,0 +1,328 @@
+"""Devices and the clusters they are built into: profile files in human units, dataclasses in SI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from hwmodels.errors import ProfileError
+from hwmodels.yamlfiles import PROFILES, is_path, named, read_mapping, unknown_name, validated
+
+DEVICES = PROFILES / "hardware"
+CLUSTERS = PROFILES / "clusters"
+
+#: Largest cluster that is built; the graph of this many devices still takes seconds.
+MAX_GPUS = 16384
+
+Dtype = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4", "fp4"]
+Kind = Literal["gpu", "tpu", "npu", "cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """What kernels reach of a device's peaks; the roofline's only fitted coefficients.
+
+    gemm_mfu            fraction of peak FLOP/s that large matrix products reach, in (0, 1]
+    attention_mfu       the same for prefill attention (softmax between the two products)
+    memory_mbu          fraction of peak memory bandwidth that long streams reach, in (0, 1]
+    memory_half_bytes   bytes at which a kernel reaches half of that: bandwidth(x) = mbu * peak * x / (x + half)
+    gemm_tile           rows and columns of the output tile one compute unit works on at full rate
+
+    The defaults are estimates for a data-centre GPU of NVIDIA's Ampere generation or later: library GEMMs at 0.75,
+    attention at 0.55 (FlashAttention-3, arXiv:2407.08608, reports up to 0.75 of H100's peak for long sequences and
+    0.5 to 0.6 at serving sizes), streams at 0.9, a ramp of about one microsecond of bandwidth, tiles of 128 x 128.
+    Profile files override them and their `source` says on what ground.
+    """
+
+    gemm_mfu: float = 0.75
+    attention_mfu: float = 0.55
+    memory_mbu: float = 0.9
+    memory_half_bytes: float = 3e6
+    gemm_tile: tuple[int, int] = (128, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator as an engine sees it.
+
+    peak_flops_per_s   dense peak of each number format it multiplies in
+    memory_bytes       what the driver reports, before any engine has started
+    compute_units      units that work on output tiles side by side (SMs, CUs, matrix engines, cores)
+    kernel_launch_s    time between two dependent kernels in a captured graph
+    price_usd_per_h    rent of one device; None where there is no market
+    default_cluster    cluster profile the device is usually built into
+    """
+
+    name: str
+    vendor: str
+    kind: Kind
+    peak_flops_per_s: Mapping[str, float] = field(hash=False)
+    memory_bytes: float
+    memory_bytes_per_s: float
+    compute_units: int
+    kernel_launch_s: float
+    tdp_w: float
+    idle_w: float
+    price_usd_per_h: float | None
+    default_cluster: str
+    source: str
+    efficiency: Efficiency = Efficiency()
+
+
+@dataclass(frozen=True, slots=True)
+class Fabric:
+    """Links that join devices inside a node, or nodes.
+
+    kind                 inside: 'switch' (every device to a crossbar), 'mesh' (a link per pair), 'pcie' (host bridges),
+                         'torus' (2-D grid of neighbours); between: 'rails' (a leaf switch per device position),
+                         'ethernet' (a leaf switch per node)
+    bytes_per_s          per device and direction, over all its links; between nodes: of its network card
+    latency_s            one step of a collective: signal, wait, and the way
+    efficiency           fraction of bytes_per_s that large messages reach
+    in_switch_reduction  the switch adds and multicasts (NVLink SHARP)
+    reduction_efficiency fraction of bytes_per_s reached when it does
+    bridge_bytes_per_s   'pcie' only: between the two host bridges, per direction
+    oversubscription     between nodes: leaf ports down over ports up, >= 1
+    """
+
+    kind: Literal["switch", "mesh", "pcie", "torus", "rails", "ethernet"]
+    bytes_per_s: float
+    latency_s: float
+    efficiency: float
+    in_switch_reduction: bool = False
+    reduction_efficiency: float = 0.69
+    bridge_bytes_per_s: float | None = None
+    oversubscription: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """`gpus` devices in nodes of `gpus_per_node` (the last may be partial); device r is in node r // gpus_per_node.
+
+    intra              links inside a node; None for nodes of one device
+    inter              links between nodes; None where nodes cannot be joined
+    host_bytes_per_s   between a device and its host's memory, per direction
+    """
+
+    name: str
+    device: Device
+    gpus: int
+    gpus_per_node: int
+    intra: Fabric | None
+    inter: Fabric | None
+    host_bytes_per_s: float
+
+    @property
+    def nodes(self) -> int:
+        """Nodes in use."""
+        return -(-self.gpus // self.gpus_per_node)
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
+Count = Annotated[int, Field(gt=0, le=MAX_GPUS, strict=True)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _EfficiencyFile(_File):
+    gemm_mfu: Fraction = Efficiency().gemm_mfu
+    attention_mfu: Fraction = Efficiency().attention_mfu
+    memory_mbu: Fraction = Efficiency().memory_mbu
+    memory_half_mb: Positive = Efficiency().memory_half_bytes / 1e6
+    gemm_tile: tuple[Count, Count] = Efficiency().gemm_tile
+
+
+class _DeviceFile(_File):
+    """Schema of profiles/hardware; units are in the keys, TFLOP/s (or TOP/s) are dense."""
+
+    name: Text
+    vendor: Text
+    kind: Kind
+    source: Text
+    cluster: Text
+    peak_tflops: dict[Dtype, Positive] = Field(min_length=1)
+    memory_gib: Positive
+    memory_gb_per_s: Positive
+    compute_units: Count
+    kernel_launch_us: Positive
+    tdp_w: Positive
+    idle_w: Positive
+    price_usd_per_h: Positive | None = None
+    efficiency: _EfficiencyFile = _EfficiencyFile()
+
+    @model_validator(mode="after")
+    def _idle_below_tdp(self) -> Self:
+        if self.idle_w > self.tdp_w:
+            raise ValueError(f"idle_w {self.idle_w} is above tdp_w {self.tdp_w}")
+        return self
+
+    def device(self) -> Device:
+        """In SI."""
+        e = self.efficiency
+        return Device(
+            name=self.name,
+            vendor=self.vendor,
+            kind=self.kind,
+            peak_flops_per_s={dtype: tflops * 1e12 for dtype, tflops in self.peak_tflops.items()},
+            memory_bytes=self.memory_gib * 2**30,
+            memory_bytes_per_s=self.memory_gb_per_s * 1e9,
+            compute_units=self.compute_units,
+            kernel_launch_s=self.kernel_launch_us * 1e-6,
+            tdp_w=self.tdp_w,
+            idle_w=self.idle_w,
+            price_usd_per_h=self.price_usd_per_h,
+            default_cluster=self.cluster,
+            source=self.source,
+            efficiency=Efficiency(e.gemm_mfu, e.attention_mfu, e.memory_mbu, e.memory_half_mb * 1e6, e.gemm_tile),
+        )
+
+
+class _IntraFile(_File):
+    kind: Literal["switch", "mesh", "pcie", "torus"]
+    gb_per_s: Positive
+    latency_us: Positive
+    efficiency: Fraction
+    in_switch_reduction: bool = False
+    reduction_efficiency: Fraction = 0.69
+    bridge_gb_per_s: Positive | None = None
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Self:
+        if (self.bridge_gb_per_s is None) == (self.kind == "pcie"):
+            raise ValueError("bridge_gb_per_s belongs to kind 'pcie', and only there")
+        if self.in_switch_reduction and self.kind != "switch":
+            raise ValueError("in_switch_reduction needs kind 'switch'")
+        return self
+
+    def fabric(self) -> Fabric:
+        """In SI."""
+        return Fabric(
+            kind=self.kind,
+            bytes_per_s=self.gb_per_s * 1e9,
+            latency_s=self.latency_us * 1e-6,
+            efficiency=self.efficiency,
+            in_switch_reduction=self.in_switch_reduction,
+            reduction_efficiency=self.reduction_efficiency,
+            bridge_bytes_per_s=None if self.bridge_gb_per_s is None else self.bridge_gb_per_s * 1e9,
+        )
+
+
+class _InterFile(_File):
+    kind: Literal["rails", "ethernet"]
+    gb_per_s: Positive
+    latency_us: Positive
+    efficiency: Fraction
+    oversubscription: Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)] = 1.0
+
+    def fabric(self) -> Fabric:
+        """In SI."""
+        return Fabric(
+            kind=self.kind,
+            bytes_per_s=self.gb_per_s * 1e9,
+            latency_s=self.latency_us * 1e-6,
+            efficiency=self.efficiency,
+            oversubscription=self.oversubscription,
+        )
+
+
+class _ClusterFile(_File):
+    """Schema of profiles/clusters; GB/s are per device and direction."""
+
+    name: Text
+    source: Text
+    device: Text
+    gpus_per_node: Count
+    host_gb_per_s: Positive
+    intra: _IntraFile | None = None
+    inter: _InterFile | None = None
+
+    @model_validator(mode="after")
+    def _joined(self) -> Self:
+        if self.intra is None and self.gpus_per_node > 1:
+            raise ValueError(f"intra is missing: {self.gpus_per_node} devices of a node must be joined")
+        return self
+
+    def cluster(self, device: Device, gpus: int) -> Cluster:
+        """Of `gpus` devices, in SI."""
+        return Cluster(
+            name=self.name,
+            device=device,
+            gpus=gpus,
+            gpus_per_node=self.gpus_per_node,
+            intra=None if self.intra is None else self.intra.fabric(),
+            inter=None if self.inter is None else self.inter.fabric(),
+            host_bytes_per_s=self.host_gb_per_s * 1e9,
+        )
+
+
+def device_names() -> list[str]:
+    """Names of the shipped devices."""
+    return sorted(path.stem for path in DEVICES.glob("*.yaml"))
+
+
+def cluster_names() -> list[str]:
+    """Names of the shipped clusters."""
+    return sorted(path.stem for path in CLUSTERS.glob("*.yaml"))
+
+
+@lru_cache(maxsize=256)
+def _shipped_device(name: str) -> Device:
+    path = named("device", name, DEVICES)
+    return validated(_DeviceFile, read_mapping(path), path).device()
+
+
+def load_device(name: str) -> Device:
+    """The shipped device called `name`, or that of the YAML file at the path `name`.
+
+    Raises ProfileError for an unknown name (the nearest ones are offered) or an invalid file.
+    """
+    if is_path(name):
+        return validated(_DeviceFile, read_mapping(Path(name)), Path(name)).device()
+    return _shipped_device(name)
+
+
+def load_cluster(hardware: str, gpus: int) -> Cluster:
+    """`gpus` devices as `hardware` joins them.
+
+    hardware   a device name (its default cluster is taken), a cluster name, or the path of a device or cluster file
+
+    Raises ProfileError for an unknown name, an invalid file, or a number of devices the cluster cannot have.
+    """
+    if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
+        raise ProfileError(f"gpus = {gpus!r}: expected a whole number of at least 1")
+    if gpus > MAX_GPUS:
+        raise ProfileError(f"gpus = {gpus}: expected at most {MAX_GPUS}; plan a part of the cluster")
+    file, device = _cluster_file(hardware)
+    if file.inter is None and gpus > file.gpus_per_node:
+        raise ProfileError(
+            f"gpus = {gpus}: {file.name} joins at most {file.gpus_per_node}; "
+            "take fewer, or a cluster with links between nodes"
+        )
+    return file.cluster(device, gpus)
+
+
+def _cluster_file(hardware: str) -> tuple[_ClusterFile, Device]:
+    """The cluster profile that `hardware` means, and the device in it."""
+    if is_path(hardware):
+        data = read_mapping(Path(hardware))
+        if "device" in data:
+            file = validated(_ClusterFile, data, Path(hardware))
+            return file, load_device(file.device)
+    elif hardware in cluster_names():
+        path = CLUSTERS / f"{hardware}.yaml"
+        file = validated(_ClusterFile, read_mapping(path), path)
+        return file, load_device(file.device)
+    elif hardware not in device_names():
+        raise unknown_name("hardware", hardware, {*device_names(), *cluster_names()})
+    device = load_device(hardware)
+    path = named("cluster", device.default_cluster, CLUSTERS)
+    return validated(_ClusterFile, read_mapping(path), path), device

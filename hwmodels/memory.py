@@ -1,0 +1,145 @@
+"""Does it fit: weights, activations and the KV cache of one rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from hwmodels.engine import Engine
+from hwmodels.errors import OutOfMemoryError
+from hwmodels.hardware import Device
+from hwmodels.mapping import DTYPE_BYTES, Mapping, Precision, weight_bytes
+from hwmodels.operators import kv_heads_per_rank, wire_bytes
+from hwmodels.shape import Attention, FeedForward, Layer, ModelShape, attention_parameters, feed_forward_parameters
+from hwmodels.step_model import stage_layers
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on the fullest rank of the fullest stage, and the KV blocks every scheduler of the replica gets.
+
+    weights_bytes, activations_bytes   what the model takes; engine_bytes what the engine keeps for itself
+    kv_bytes                           what is left for KV blocks; negative when the model does not fit
+    kv_bytes_per_token                 of one cached token on one rank of that stage
+    kv_blocks                          blocks one scheduler can hand out
+    """
+
+    weights_bytes: float
+    activations_bytes: float
+    engine_bytes: float
+    kv_bytes: float
+    kv_bytes_per_token: float
+    kv_blocks: int
+
+
+def kv_bytes_per_rank(layers: Sequence[Layer], tp: int, precision: Precision) -> float:
+    """Bytes of one cached token in the given layers on one tensor-parallel rank; MLA latents are kept by every rank."""
+    total = 0.0
+    for layer in layers:
+        attention = layer.attention
+        if attention.latent is not None:
+            total += attention.latent.kv_rank + attention.latent.rope_dim
+        else:
+            total += kv_heads_per_rank(attention, tp) * (attention.head_dim + attention.value_dim)
+    return total * DTYPE_BYTES[precision.kv]
+
+
+def _attention_share(attention: Attention, hidden: int, tp: int) -> float:
+    """Attention parameters on one rank: heads are divided, KV heads copied where there are fewer than ranks, latents kept whole."""
+    total = attention_parameters(attention, hidden)
+    if attention.latent is not None:
+        latent = attention.latent
+        whole = hidden * ((latent.q_rank or 0) + latent.kv_rank + latent.rope_dim)
+        return whole + (total - whole) / tp
+    kv = attention.kv_heads * (attention.head_dim + attention.value_dim) * hidden
+    copied = kv_heads_per_rank(attention, tp) / attention.kv_heads
+    return (total - kv) / tp + kv * copied
+
+
+def _feed_forward_share(ff: FeedForward, hidden: int, mapping: Mapping) -> float:
+    """Feed-forward parameters on one rank: experts over ep x expert_tp, shared experts and dense blocks over tp."""
+    total = feed_forward_parameters(ff, hidden)
+    if not ff.experts:
+        return total / mapping.tp
+    routed = ff.experts * feed_forward_parameters(FeedForward(ff.intermediate, ff.gated, ff.bias), hidden)
+    return routed / (mapping.ep * mapping.expert_tp) + (total - routed) / mapping.tp
+
+
+def stage_weight_bytes(model: ModelShape, layers: Sequence[Layer], mapping: Mapping, precision: Precision, *, first: bool, last: bool) -> float:
+    """Bytes of the weights one rank of a stage keeps; embedding and head stay in 16 bit."""
+    parameters = 0.0
+    for layer, count in Counter(layers).items():
+        parameters += count * (
+            _attention_share(layer.attention, model.hidden, mapping.tp)
+            + _feed_forward_share(layer.feed_forward, model.hidden, mapping)
+            + layer.norm_parameters
+        )
+    table = model.hidden * model.vocab / mapping.tp * max(2.0, DTYPE_BYTES[precision.weights])
+    tables = int(first) + int(last) - int(first and last and model.tied_embeddings)
+    return parameters * weight_bytes(precision.weights) + tables * table
+
+
+def activation_bytes(model: ModelShape, mapping: Mapping, precision: Precision, token_budget: int, max_seqs: int) -> float:
+    """Peak bytes of a step's intermediate tensors on one rank: residual and normed input, the widest projection, logits in fp32."""
+    widest = 0.0
+    for layer in set(model.layers):
+        a, ff = layer.attention, layer.feed_forward
+        qkv = (a.heads + 2 * a.kv_heads) * a.head_dim / mapping.tp
+        if ff.experts:
+            routed = token_share(mapping) * ff.top_k / (mapping.ep * mapping.expert_tp) * (model.hidden + 3 * ff.intermediate)
+            up = routed + 3 * ff.shared_intermediate / mapping.tp
+        else:
+            up = 3 * ff.intermediate / mapping.tp
+        widest = max(widest, qkv, up)
+    step = token_budget * (4 * model.hidden + widest) * wire_bytes(precision)
+    return step + max_seqs * model.vocab / mapping.tp * 4.0
+
+
+def token_share(mapping: Mapping) -> int:
+    """Attention groups whose tokens meet in the experts."""
+    return mapping.attention_dp
+
+
+def plan_memory(
+    model: ModelShape,
+    mapping: Mapping,
+    precision: Precision,
+    device: Device,
+    engine: Engine,
+    *,
+    token_budget: int,
+    max_seqs: int,
+    block_tokens: int,
+) -> Memory:
+    """Memory of the stage that leaves least room for KV; kv_blocks is 0 or below when the model does not fit.
+
+    With pipeline stages every scheduler gets an equal share of the blocks.
+    """
+    usable = device.memory_bytes * engine.memory_fraction
+    worst: Memory | None = None
+    for stage, layers in enumerate(stage_layers(model, mapping)):
+        weights = stage_weight_bytes(model, layers, mapping, precision, first=stage == 0, last=stage == mapping.pp - 1)
+        activations = activation_bytes(model, mapping, precision, token_budget, max_seqs)
+        per_token = kv_bytes_per_rank(layers, mapping.tp, precision)
+        left = usable - weights - activations - engine.reserve_bytes
+        blocks = int(left // (per_token * block_tokens)) // mapping.pp
+        if worst is None or blocks < worst.kv_blocks:
+            worst = Memory(weights, activations, engine.reserve_bytes, left, per_token, blocks)
+    assert worst is not None
+    return worst
+
+
+def require_fit(memory: Memory, model: ModelShape, mapping: Mapping, device: Device, tokens: int, block_tokens: int) -> None:
+    """Raise OutOfMemoryError unless a sequence of `tokens` tokens fits beside the weights."""
+    needed = ceil(tokens / block_tokens)
+    if memory.kv_blocks < needed:
+        missing = (needed * mapping.pp * block_tokens * memory.kv_bytes_per_token - memory.kv_bytes) / GIB
+        raise OutOfMemoryError(
+            f"{model.name} on {mapping.gpus} x {device.name} (tp={mapping.tp} pp={mapping.pp}): {missing:.1f} GiB per device "
+            f"short of weights, activations and one sequence of {tokens} tokens; expected more devices per replica, "
+            f"narrower weights or a shorter context"
+        )

@@ -1,0 +1,121 @@
+"""The analytic cost model: a roofline whose efficiency is a curve over size."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from hwmodels.collectives import Collective, compile_collective
+from hwmodels.hardware import Cluster, Device
+from hwmodels.mapping import DTYPE_BYTES, Mapping, Precision
+from hwmodels.operators import Array, AttentionCore, Communication, Elementwise, Gemm, GroupedGemm, Operator
+
+#: Tile menu relative to the device's GEMM tile: (rows, columns, share of the full tile's rate). A library picks the
+#: fastest; smaller tiles reuse less data per byte loaded into the multiprocessor. Estimated from the ratio of
+#: arithmetic to shared-memory traffic of the tiles.
+TILES = ((1.0, 1.0, 1.0), (0.5, 1.0, 0.85), (0.5, 0.5, 0.7), (0.125, 0.5, 0.25))
+#: Splits of the inner dimension, which fill the device when there are few output tiles, and their share of the rate.
+SPLITS = ((1, 1.0), (2, 0.92), (4, 0.85), (8, 0.75))
+#: Share of the GEMM rate left when narrow weights are widened to the activations' format inside the kernel.
+DEQUANTIZE = 0.9
+
+
+def memory_time_s(nbytes: Array | float, device: Device) -> Array:
+    """Time to move `nbytes`, in seconds: a kernel of `memory_half_bytes` reaches half of the asymptotic bandwidth.
+
+    bandwidth(x) = mbu * peak * x / (x + half), so the time is affine in x.
+    """
+    e = device.efficiency
+    size = np.asarray(nbytes, dtype=float)
+    moved: Array = np.where(size > 0, (size + e.memory_half_bytes) / (e.memory_mbu * device.memory_bytes_per_s), 0.0)
+    return moved
+
+
+def arithmetic_dtype(precision: Precision) -> str:
+    """The format the multiply units work in."""
+    return precision.activations
+
+
+def tile_time_s(m: Array, n: float, k: float, products: Array | float, device: Device, precision: Precision) -> Array:
+    """Time of `products` GEMMs m x n x k limited by the multiply units, in seconds, by the best tile of the menu.
+
+    Output tiles run in waves over the compute units; a wave that is not full takes as long as a full one.
+    """
+    e = device.efficiency
+    rate = device.peak_flops_per_s[arithmetic_dtype(precision)] * e.gemm_mfu / device.compute_units
+    if DTYPE_BYTES[precision.weights] < DTYPE_BYTES[precision.activations]:
+        rate *= DEQUANTIZE
+    rows, columns = e.gemm_tile
+    best: Array = np.full(np.shape(m), np.inf)
+    for height, width, share in TILES:
+        tile_m, tile_n = rows * height, columns * width
+        tiles = np.ceil(m / tile_m) * np.ceil(n / tile_n) * products
+        for split, kept in SPLITS:
+            waves = np.ceil(tiles * split / device.compute_units)
+            best = np.minimum(best, waves * (2 * tile_m * tile_n * k / split) / (rate * share * kept))
+    return best
+
+
+class AnalyticCost:
+    """Prices operators by roofline; collectives by the cluster graph. One per (cluster, mapping)."""
+
+    source = "analytic"
+
+    def __init__(self, cluster: Cluster, mapping: Mapping) -> None:
+        self.cluster = cluster
+        self.device = cluster.device
+        self.groups = rank_groups(mapping)
+
+    def time_s(self, op: Operator) -> Array:
+        """Seconds all launches of `op` take, one value per batch size it stands for."""
+        if isinstance(op, Communication):
+            return op.count * self.collective(op.kind, op.group).time_s(op.bytes)
+        return op.count * self.kernel_time_s(op)
+
+    def collective(self, kind: str, group: str) -> Collective:
+        """The collective `kind` over the rank group called `group`."""
+        return compiled(self.cluster, kind, self.groups[group])
+
+    def kernel_time_s(self, op: Gemm | GroupedGemm | AttentionCore | Elementwise) -> Array:
+        """Seconds of one launch; zero where there is nothing to do."""
+        device = self.device
+        moved = memory_time_s(op.bytes, device)
+        launch = device.kernel_launch_s
+        busy: Array
+        if isinstance(op, Elementwise):
+            busy = moved + (op.kernels - 1) * launch
+        elif isinstance(op, Gemm):
+            busy = np.maximum(moved, tile_time_s(op.m, op.n, op.k, op.groups, device, op.precision))
+        elif isinstance(op, GroupedGemm):
+            rows = op.m / np.maximum(op.active, 1)
+            busy = np.maximum(moved, tile_time_s(rows, op.n, op.k, op.active, device, op.precision))
+        else:
+            peak = device.peak_flops_per_s[attention_dtype(op.precision, device)]
+            busy = np.maximum(moved, op.flops / (peak * device.efficiency.attention_mfu))
+        worked = (op.bytes > 0) & (busy > 0)
+        return np.where(worked, busy + launch, 0.0)
+
+
+def attention_dtype(precision: Precision, device: Device) -> str:
+    """Attention multiplies in 16 bit whatever the projections use, in 32 bit where the device has nothing narrower."""
+    if precision.activations == "fp32":
+        return "fp32"
+    return next(dtype for dtype in ("bf16", "fp16", "fp32") if dtype in device.peak_flops_per_s)
+
+
+def rank_groups(mapping: Mapping) -> dict[str, tuple[int, ...]]:
+    """Ranks of the first replica's first groups, numbered as Mapping says."""
+    stage = mapping.tp * mapping.attention_dp
+    return {
+        "tp": tuple(range(mapping.tp)),
+        "ep": tuple(range(0, stage, mapping.expert_tp)),
+        "expert_tp": tuple(range(mapping.expert_tp)),
+        "pp": (0, stage) if mapping.pp > 1 else (0,),
+    }
+
+
+@lru_cache(maxsize=4096)
+def compiled(cluster: Cluster, kind: str, ranks: tuple[int, ...]) -> Collective:
+    """compile_collective, once per cluster and group."""
+    return compile_collective(cluster, kind, ranks)

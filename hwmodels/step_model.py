@@ -1,0 +1,382 @@
+"""How long one step takes: operators priced once per plan into tables that then cost microseconds to read."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from hwmodels import operators as ops
+from hwmodels.engine import Engine
+from hwmodels.errors import MappingError
+from hwmodels.mapping import Mapping, Precision
+from hwmodels.operators import Array, Operator
+from hwmodels.shape import Layer, ModelShape
+
+#: (new tokens, tokens already cached) of one prompt chunk.
+Item = tuple[int, int]
+#: (decoding sequences, their attended tokens in total, prompt chunks) of one step.
+Batch = tuple[int, int, Sequence[Item]]
+
+
+class CostModel(Protocol):
+    """Prices operators; `source` says what the prices rest on."""
+
+    source: str
+
+    def time_s(self, op: Operator) -> Array:
+        """Seconds of all launches of the operator, one value per batch size it stands for."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """A function of (row, x) that is affine in x between knots: base[piece][row] + slope[piece][row] * x.
+
+    knots   upper end of every piece but the last, ascending
+    """
+
+    knots: tuple[float, ...]
+    base: tuple[list[float], ...]
+    slope: tuple[list[float], ...]
+
+    def at(self, row: int, x: float) -> float:
+        """The value at one point."""
+        piece = bisect_left(self.knots, x) if self.knots else 0
+        return self.base[piece][row] + self.slope[piece][row] * x
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """One quantity of one rank of one pipeline stage (seconds, FLOPs or bytes) as a function of the batch.
+
+    linear    by the tokens of the step in this attention group
+    shared    by the tokens of all attention groups, what happens in the experts they share; zero without attention_dp
+    head      by sampled tokens; zero but on the last stage
+    decode    row: decoding sequences, x: mean context of a sequence
+    prefill   row: new tokens of a chunk, x: tokens cached before it
+    """
+
+    linear: list[float]
+    shared: list[float]
+    head: list[float]
+    decode: Pieces
+    prefill: Pieces
+
+    def group(self, batch: Batch) -> tuple[float, int]:
+        """What one attention group's batch adds by itself, and its tokens; the shared part is not included."""
+        sequences, context, items = batch
+        tokens = sequences
+        value = 0.0
+        for new, before in items:
+            tokens += new
+            value += self.prefill.at(new, before)
+        if sequences:
+            value += self.decode.at(sequences, context / sequences)
+        return value + self.linear[tokens] + self.head[sequences + len(items)], tokens
+
+
+def stage_layers(model: ModelShape, mapping: Mapping) -> list[tuple[Layer, ...]]:
+    """The layers of every pipeline stage, by `mapping.stages` or split as evenly as they go (later stages fewer)."""
+    total = len(model.layers)
+    counts = mapping.stages
+    if counts is None:
+        counts = tuple(total // mapping.pp + (stage < total % mapping.pp) for stage in range(mapping.pp))
+    if len(counts) != mapping.pp or sum(counts) != total or min(counts) < 1:
+        raise MappingError(
+            f"stages {list(counts)}: expected {mapping.pp} positive layer counts that add up to the {total} layers of "
+            f"{model.name}; leave stages out for an even split"
+        )
+    ends = np.cumsum(counts)
+    return [model.layers[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def linear_operators(
+    model: ModelShape, layers: Sequence[Layer], tokens: Array, mapping: Mapping, precision: Precision, *, first: bool
+) -> list[Operator]:
+    """Operators of a stage whose size depends on the step's tokens alone, but for the experts shared by several groups."""
+    found: list[Operator] = ops.embedding(model, tokens, mapping.tp, precision) if first else []
+    for layer, count in Counter(layers).items():
+        found += ops.attention_linear(model, layer.attention, tokens, mapping, precision, count)
+        ff = layer.feed_forward
+        if not ff.experts:
+            found += ops.dense_feed_forward(model, ff, tokens, mapping.tp, precision, count)
+        elif mapping.attention_dp == 1:
+            found += ops.expert_feed_forward(model, ff, tokens, tokens, mapping, precision, count)
+    return found
+
+
+def shared_operators(
+    model: ModelShape, layers: Sequence[Layer], total_tokens: Array, mapping: Mapping, precision: Precision
+) -> list[Operator]:
+    """Expert blocks that several attention groups run together on `total_tokens`, evenly spread over the groups."""
+    found: list[Operator] = []
+    if mapping.attention_dp > 1:
+        for layer, count in Counter(layers).items():
+            if layer.feed_forward.experts:
+                found += ops.expert_feed_forward(
+                    model, layer.feed_forward, total_tokens / mapping.attention_dp, total_tokens, mapping, precision, count
+                )
+    return found
+
+
+def decode_operators(layers: Sequence[Layer], sequences: Array, context: Array, mapping: Mapping, precision: Precision) -> list[Operator]:
+    """Attention of a stage over the caches of decoding sequences."""
+    found: list[Operator] = []
+    for attention, count in Counter(layer.attention for layer in layers).items():
+        found += ops.decode_attention(attention, sequences, context, mapping.tp, precision, count)
+    return found
+
+
+def prefill_operators(layers: Sequence[Layer], new: Array, before: Array, mapping: Mapping, precision: Precision) -> list[Operator]:
+    """Attention of a stage inside a prompt chunk."""
+    found: list[Operator] = []
+    for attention, count in Counter(layer.attention for layer in layers).items():
+        found += ops.prefill_attention(attention, new, before, mapping.tp, precision, count)
+    return found
+
+
+def _grid(limit: int) -> Array:
+    """Sizes to price: every one up to 256, then ever coarser ones, the limit included."""
+    steps = [np.arange(1, 257), np.arange(256, 1025, 16), np.arange(1024, 8193, 128), np.geomspace(8192, 2**24, 177)]
+    points = np.unique(np.concatenate(steps).round())
+    return np.append(points[points < limit], float(limit))
+
+
+def _dense(grid: Array, values: Array) -> list[float]:
+    """Values at 0, 1, 2 ... from those on the grid, linear between, never falling as the size grows; 0 at 0."""
+    rising = np.maximum.accumulate(values)
+    dense = np.interp(np.arange(int(grid[-1]) + 1), grid, rising)
+    dense[0] = 0.0
+    return dense.tolist()  # type: ignore[no-any-return]
+
+
+def _pieces(rows: Array, candidates: Array, values: Array, dense: Callable[[Array], list[float]]) -> Pieces:
+    """Affine pieces of values[row, x] over x = candidates: one piece if that is exact to 0.1 %, else all of them."""
+    low, high = candidates[0], candidates[-1]
+    share = (candidates - low) / (high - low)
+    chord = values[:, :1] + share * (values[:, -1:] - values[:, :1])
+    if np.all(np.abs(chord - values) <= 1e-3 * values):
+        candidates, values = candidates[[0, -1]], values[:, [0, -1]]
+    slope = np.diff(values, axis=1) / np.diff(candidates)
+    base = values[:, :-1] - slope * candidates[:-1]
+    columns = range(slope.shape[1])
+    return Pieces(
+        tuple(candidates[1:-1].tolist()),
+        tuple(dense(base[:, i]) for i in columns),
+        tuple(dense(slope[:, i]) for i in columns),
+    )
+
+
+def tabulate(
+    model: ModelShape,
+    layers: Sequence[Layer],
+    mapping: Mapping,
+    precision: Precision,
+    measure: Callable[[Operator], Array],
+    *,
+    max_tokens: int,
+    max_seqs: int,
+    first: bool,
+    last: bool,
+) -> Tables:
+    """Sum of `measure` over a stage's operators, for every batch up to the limits."""
+
+    def total(found: list[Operator], shape: tuple[int, ...]) -> Array:
+        result: Array = np.zeros(shape)
+        for op in found:
+            result = result + measure(op)
+        return result
+
+    tokens, sequences, chunks = _grid(max_tokens), _grid(max_seqs), _grid(max_tokens)
+    linear = total(linear_operators(model, layers, tokens, mapping, precision, first=first), tokens.shape)
+    everyone = _grid(max_tokens * mapping.attention_dp)
+    shared = total(shared_operators(model, layers, everyone, mapping, precision), everyone.shape)
+    head = total(ops.language_model_head(model, sequences, mapping.tp) if last else [], sequences.shape)
+
+    windows = {layer.attention.window_tokens for layer in layers} - {None}
+    reach = max(float(model.max_context_tokens), 2.0)
+    knots = {1.0, 128.0, 1024.0, 8192.0, 65536.0} | {float(w) for w in windows if w is not None}
+    contexts = np.array(sorted({min(k, reach) for k in knots} | {reach}))
+    n, c = sequences[:, None], contexts[None, :]
+    decode = total(decode_operators(layers, n + 0 * c, n * c, mapping, precision), (n + c).shape)
+    befores = contexts.copy()
+    befores[0] = 0.0
+    m, b = chunks[:, None], befores[None, :]
+    prefill = total(prefill_operators(layers, m + 0 * b, b + 0 * m, mapping, precision), (m + b).shape)
+
+    def over(grid: Array) -> Callable[[Array], list[float]]:
+        points = np.arange(int(grid[-1]) + 1)
+        return lambda column: np.concatenate([[0.0], np.interp(points[1:], grid, column)]).tolist()
+
+    return Tables(
+        _dense(tokens, linear),
+        _dense(everyone, shared),
+        _dense(sequences, head),
+        _pieces(sequences, contexts, decode, over(sequences)),
+        _pieces(chunks, befores, prefill, over(chunks)),
+    )
+
+
+class StepModel:
+    """Seconds of a step of one replica; every method is a look-up.
+
+    stages        tables of each pipeline stage
+    transfer      seconds to pass the activations of n tokens on to the next stage, by n
+    evidence      share of a reference step's time by what its prices rest on
+    """
+
+    __slots__ = ("_run_base", "_run_slope", "engine", "evidence", "max_seqs", "max_tokens", "stages", "transfer")
+
+    def __init__(
+        self, stages: Sequence[Tables], transfer: list[float], engine: Engine, max_tokens: int, max_seqs: int, source: str
+    ) -> None:
+        self.stages = tuple(stages)
+        self.transfer = transfer
+        self.engine = engine
+        self.max_tokens = max_tokens
+        self.max_seqs = max_seqs
+        self.evidence = {source: 1.0}
+        # A decode-only step of n sequences with K attended tokens in all takes base[n] + slope[n] * K, piece by piece.
+        only = stages[0]
+        knots = only.decode.knots
+        self._run_base = []
+        self._run_slope = []
+        for piece in range(len(knots) + 1):
+            base = [0.0] * (max_seqs + 1)
+            slope = [0.0] * (max_seqs + 1)
+            for n in range(1, min(max_seqs, max_tokens) + 1):
+                base[n] = self.overhead_s(n) + only.linear[n] + only.head[n] + only.decode.base[piece][n]
+                slope[n] = only.decode.slope[piece][n] / n
+            self._run_base.append(base)
+            self._run_slope.append(slope)
+
+    def overhead_s(self, sequences: int) -> float:
+        """Host time of a step."""
+        return self.engine.step_overhead_s + sequences * self.engine.sequence_overhead_s
+
+    def step_s(self, sequences: int, context: int, items: Sequence[Item]) -> float:
+        """Seconds of one step of a replica with one stage and one attention group."""
+        tables = self.stages[0]
+        if not items:
+            knots = tables.decode.knots
+            piece = bisect_left(knots, context / sequences) if knots else 0
+            return self._run_base[piece][sequences] + self._run_slope[piece][sequences] * context
+        tokens = sequences
+        value = 0.0
+        prefill = tables.prefill
+        if prefill.knots:
+            for new, before in items:
+                tokens += new
+                value += prefill.at(new, before)
+        else:
+            base, slope = prefill.base[0], prefill.slope[0]
+            for new, before in items:
+                tokens += new
+                value += base[new] + slope[new] * before
+        sampled = sequences + len(items)
+        if sequences:
+            value += tables.decode.at(sequences, context / sequences)
+        engine = self.engine
+        return (
+            value
+            + tables.linear[tokens]
+            + tables.head[sampled]
+            + engine.step_overhead_s
+            + sampled * engine.sequence_overhead_s
+        )
+
+    def decode_run(self, sequences: int, context: int) -> tuple[float, float, float]:
+        """(first_s, slope_s, steps): the j-th decode-only step from here takes first_s + j * slope_s for j < steps.
+
+        sequences, context   sequences and the tokens they attend to in the first of the steps
+        """
+        knots = self.stages[0].decode.knots
+        piece = 0
+        steps = np.inf
+        if knots:
+            mean = context / sequences
+            piece = bisect_left(knots, mean)
+            if piece < len(knots):
+                steps = float(int(knots[piece] - mean) + 1)
+        slope = self._run_slope[piece][sequences]
+        return self._run_base[piece][sequences] + slope * context, slope * sequences, steps
+
+    def group_run(self, sequences: int, context: int) -> tuple[float, float, float]:
+        """As decode_run, for one of several attention groups: without what the groups share and the host's work."""
+        tables = self.stages[0]
+        decode = tables.decode
+        mean = context / sequences
+        piece = bisect_left(decode.knots, mean)
+        steps = float(int(decode.knots[piece] - mean) + 1) if piece < len(decode.knots) else np.inf
+        slope = decode.slope[piece][sequences]
+        first = decode.base[piece][sequences] + slope * mean + tables.linear[sequences] + tables.head[sequences]
+        return first, slope, steps
+
+    def stages_s(self, sequences: int, context: int, items: Sequence[Item]) -> list[float]:
+        """Seconds in each pipeline stage; the engine's own work is done once, before the first."""
+        batch = (sequences, context, items)
+        times = [tables.group(batch)[0] for tables in self.stages]
+        times[0] += self.overhead_s(sequences + len(items))
+        return times
+
+    def lockstep_s(self, batches: Sequence[Batch]) -> float:
+        """Seconds of a step that attention groups take together: the slowest group, then the experts they share."""
+        tables = self.stages[0]
+        slowest = 0.0
+        total = 0
+        sampled = 0
+        for batch in batches:
+            value, tokens = tables.group(batch)
+            slowest = max(slowest, value)
+            total += tokens
+            sampled = max(sampled, batch[0] + len(batch[2]))
+        return slowest + tables.shared[total] + self.overhead_s(sampled)
+
+
+def compile_step_model(
+    model: ModelShape,
+    mapping: Mapping,
+    precision: Precision,
+    engine: Engine,
+    cost: CostModel,
+    *,
+    max_tokens: int,
+    max_seqs: int,
+) -> StepModel:
+    """The step model of one replica, for steps of up to `max_tokens` tokens and `max_seqs` sequences a scheduler."""
+    limits = {"max_tokens": max_tokens, "max_seqs": max_seqs}
+    stages = tabulate_stages(model, mapping, precision, cost.time_s, **limits)
+    transfer = [0.0] * (max_tokens + 1)
+    if mapping.pp > 1:
+        tokens = _grid(max_tokens)
+        wire = ops.wire_bytes(precision)
+        transfer = _dense(tokens, cost.time_s(ops.Communication("stage transfer", "point-to-point", "pp", tokens * model.hidden * wire)))
+    return StepModel(stages, transfer, engine, max_tokens, max_seqs, cost.source)
+
+
+def tabulate_stages(
+    model: ModelShape,
+    mapping: Mapping,
+    precision: Precision,
+    measure: Callable[[Operator], Array],
+    *,
+    max_tokens: int,
+    max_seqs: int,
+) -> list[Tables]:
+    """Tables of `measure` for every pipeline stage; stages with the same layers and ends share theirs."""
+    known: dict[tuple[frozenset[tuple[Layer, int]], bool, bool], Tables] = {}
+    stages = []
+    for stage, layers in enumerate(stage_layers(model, mapping)):
+        first, last = stage == 0, stage == mapping.pp - 1
+        key = (frozenset(Counter(layers).items()), first, last)
+        if key not in known:
+            known[key] = tabulate(
+                model, layers, mapping, precision, measure, max_tokens=max_tokens, max_seqs=max_seqs, first=first, last=last
+            )
+        stages.append(known[key])
+    return stages

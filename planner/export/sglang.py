@@ -1,0 +1,126 @@
+"""SGLang 0.5.6: one `sglang.launch_server` per replica (and per node of a replica), sglang-router 0.2.4 in front.
+
+Flags and their checks: python/sglang/srt/server_args.py of the 0.5.6 wheel and sglang_router/router_args.py of the
+0.2.4 wheel. --tp-size counts all ranks of a pipeline stage; attention runs on tp-size / dp-size of them, experts on
+tp-size / ep-size (srt/layers/dp_attention.py, srt/distributed/parallel_state.py). With DP attention the server divides
+--max-running-requests and --chunked-prefill-size by dp-size, with pipelining the former by pp-size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.errors import PlanError
+from planner.export.launch import (
+    ROUTER_PORT,
+    Command,
+    Export,
+    Replica,
+    address,
+    common_notes,
+    compute_dtype,
+    model_repository,
+    no_static,
+    nodes_of,
+    script,
+    title,
+    visible,
+)
+from planner.plan import Plan, Pool
+
+VERSION, ROUTER_VERSION = "0.5.6", "0.2.4"
+
+_KV = {"bf16": "bf16", "fp16": "auto", "fp32": "auto", "fp8": "fp8_e4m3", "fp4": "fp4_e2m1"}
+
+
+def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
+    """launch.sh with every server and, for more than one replica, the router."""
+    notes = common_notes(plan, nodes_of(replicas))
+    repository = model_repository(plan)
+    flags = [_flags(pool, index, notes) for index, pool in enumerate(plan.pools)]
+    commands = _router(plan, replicas, notes)
+    for replica in replicas:
+        for rank, node in enumerate(replica.nodes):
+            argv = ["python3", "-m", "sglang.launch_server", "--model-path", repository]
+            # Left to itself the server draws its NCCL port among those where other servers of the node will listen.
+            argv += ["--host", "0.0.0.0", "--port", str(replica.port), "--nccl-port", str(replica.port + 20_000)]
+            argv += flags[replica.pool_index]
+            if len(replica.nodes) > 1:
+                _check_share(replica)
+                argv += ["--nnodes", str(len(replica.nodes)), "--node-rank", str(rank)]
+                argv += ["--dist-init-addr", address(replica.nodes[0], replica.rendezvous_port)]
+            env = visible(replica.gpus[rank])
+            if replica.pool.stages is not None:
+                env["SGLANG_PP_LAYER_PARTITION"] = ",".join(map(str, replica.pool.stages))
+            commands.append(Command(node, argv, env, title(replica)))
+    header = f"SGLang {VERSION}: {len(replicas)} replicas of {repository}"
+    return Export("sglang", VERSION, {"launch.sh": script(commands, nodes_of(replicas), header)}, tuple(notes))
+
+
+def _check_share(replica: Replica) -> None:
+    """Raise PlanError unless nodes hold whole tensor-parallel groups or the groups whole nodes."""
+    share, group = len(replica.gpus[0]), replica.pool.tp * replica.pool.attention_dp
+    if share % group and group % share:
+        raise PlanError(
+            f"pools[{replica.pool_index}]: {share} GPUs per node and stages of {group} GPUs, expected one to divide "
+            "the other for SGLang; plan other degrees"
+        )
+
+
+def _flags(pool: Pool, index: int, notes: list[str]) -> list[str]:
+    where, d = f"pools[{index}]", pool.attention_dp
+    no_static(pool, index, f"SGLang {VERSION}")
+    if pool.kv not in _KV:
+        raise PlanError(f"{where}.kv is {pool.kv!r}, expected one of {', '.join(_KV)} for SGLang; plan kv fp8")
+    flags = ["--tp-size", str(pool.tp * d), "--pp-size", str(pool.pp)]
+    if d > 1:
+        flags += ["--dp-size", str(d), "--enable-dp-attention"]
+        notes.append(f"{where}: SGLang offers DP attention for DeepSeek and Qwen mixture-of-experts models.")
+    if pool.ep > 1:
+        flags += ["--ep-size", str(pool.ep)]
+    flags += ["--dtype", compute_dtype(pool, index, notes), "--kv-cache-dtype", _KV[pool.kv]]
+    if pool.weights == "fp8":
+        flags += ["--quantization", "fp8"]
+    flags += ["--max-running-requests", str(pool.max_seqs * d * pool.pp)]
+    flags += [*_policy_flags(pool, where, notes), "--schedule-policy", "fcfs"]
+    flags += ["--page-size", str(pool.block_tokens), "--context-length", str(pool.max_context_tokens)]
+    return [*flags, "--disable-radix-cache"]
+
+
+def _policy_flags(pool: Pool, where: str, notes: list[str]) -> list[str]:
+    if pool.policy == "chunked":
+        chunk = pool.token_budget // pool.block_tokens * pool.block_tokens
+        if chunk == 0:
+            raise PlanError(
+                f"{where}.token_budget is {pool.token_budget}, expected at least block_tokens ({pool.block_tokens}): "
+                "SGLang cuts chunks at page boundaries"
+            )
+        if chunk < pool.token_budget:
+            notes.append(f"{where}: SGLang's chunks are whole pages, so {chunk} tokens instead of {pool.token_budget}.")
+        flags = ["--chunked-prefill-size", str(chunk * pool.attention_dp)]
+        if pool.pp == 1:
+            return [*flags, "--enable-mixed-chunk"]
+        notes.append(f"{where}: SGLang {VERSION} refuses mixed steps with pipelining; chunks run in own steps.")
+        return flags
+    if pool.policy == "orca":
+        notes.append(
+            f"{where}: policy orca is approximated: SGLang runs whole prompts before decodes (policy prefill-first); "
+            "vllm and tensorrt-llm mix them."
+        )
+    if pool.max_context_tokens > pool.token_budget:
+        notes.append(f"{where}: SGLang takes prompts up to the context length even beyond token_budget.")
+    return ["--chunked-prefill-size", "-1", "--max-prefill-tokens", str(pool.token_budget)]
+
+
+def _router(plan: Plan, replicas: Sequence[Replica], notes: list[str]) -> list[Command]:
+    if len(replicas) == 1:
+        notes.append(f"One replica: clients use its port {replicas[0].port} directly.")
+        return []
+    policy = {"round-robin": "round_robin", "random": "random"}.get(plan.router, "power_of_two")
+    if plan.router == "least-tokens":
+        notes.append("Router least-tokens: sglang-router has no such policy; power_of_two over its load comes nearest.")
+    notes.append(f"The router is sglang-router {ROUTER_VERSION}, a package of its own.")
+    argv = ["python3", "-m", "sglang_router.launch_router", "--host", "0.0.0.0", "--port", str(ROUTER_PORT)]
+    argv += ["--policy", policy, "--worker-urls"]
+    argv += [address(replica.nodes[0], replica.port, "http://") for replica in replicas]
+    return [Command(0, argv, title=f"router, port {ROUTER_PORT}")]

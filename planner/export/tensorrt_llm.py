@@ -1,0 +1,117 @@
+"""TensorRT-LLM 1.2.1 (PyTorch backend): one `trtllm-serve` per replica with an options file per pool, nginx in front.
+
+Options: tensorrt_llm/commands/serve.py of the 1.2 series (commit 00209af149e7, not the release tag), BaseLlmArgs in
+tensorrt_llm/llmapi/llm_args.py of 1.2.1, and the KvCacheConfig page of the LLM API reference (seen for 1.3.0rc27). With
+enable_attention_dp every rank of the tensor-parallel group runs attention for its own requests, and max_batch_size and
+max_num_tokens hold per rank. A replica of several nodes is one MPI world: mpirun with trtllm-llmapi-launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from planner.errors import PlanError
+from planner.export.launch import (
+    Command,
+    Export,
+    Replica,
+    Shell,
+    beside_script,
+    common_notes,
+    compute_dtype,
+    model_repository,
+    nginx,
+    no_static,
+    nodes_of,
+    script,
+    title,
+    visible,
+)
+from planner.plan import Plan, Pool
+
+VERSION = "1.2.1"
+
+
+def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
+    """launch.sh, pool0.yaml, pool1.yaml, ... and nginx.conf for more than one replica."""
+    notes = common_notes(plan, nodes_of(replicas))
+    notes.append("TensorRT-LLM admits a request only when it is sure to finish, where the simulation preempts.")
+    repository = model_repository(plan)
+    files = {
+        f"pool{index}.yaml": yaml.safe_dump(_options(pool, index, notes), sort_keys=False)
+        for index, pool in enumerate(plan.pools)
+    }
+    commands = []
+    for replica in replicas:
+        argv, env = ["trtllm-serve", repository, *_flags(replica)], visible(replica.gpus[0])
+        if len(replica.nodes) > 1:
+            argv = [*_mpirun(replica), "trtllm-llmapi-launch", *argv]
+        commands.append(Command(replica.nodes[0], argv, env, title(replica)))
+    extra, router = nginx(plan, replicas, notes)
+    header = f"TensorRT-LLM {VERSION}: {len(replicas)} replicas of {repository}"
+    files = {"launch.sh": script(router + commands, nodes_of(replicas), header), **files, **extra}
+    return Export("tensorrt-llm", VERSION, files, tuple(notes))
+
+
+def _flags(replica: Replica) -> list[str]:
+    pool = replica.pool
+    flags = ["--backend", "pytorch", "--host", "0.0.0.0", "--port", str(replica.port)]
+    flags += ["--tp_size", str(pool.tp * pool.attention_dp), "--pp_size", str(pool.pp)]
+    if pool.ep > 1:
+        flags += ["--ep_size", str(pool.ep)]
+    flags += ["--gpus_per_node", str(len(replica.gpus[0]))]
+    flags += ["--max_batch_size", str(pool.max_seqs), "--max_num_tokens", str(pool.token_budget)]
+    flags += ["--max_seq_len", str(pool.max_context_tokens)]
+    return [*flags, "--extra_llm_api_options", beside_script(f"pool{replica.pool_index}.yaml")]
+
+
+def _mpirun(replica: Replica) -> list[str]:
+    if len(set(replica.gpus)) > 1:
+        raise PlanError(
+            f"pools[{replica.pool_index}]: a replica over {len(replica.nodes)} nodes holds different GPUs on each, "
+            "expected the same ones for one MPI world; plan larger replicas in a plan of their own"
+        )
+    share = len(replica.gpus[0])
+    hosts = ",".join(f"${{NODES[{node}]}}:{share}" for node in replica.nodes)
+    return ["mpirun", "-n", str(share * len(replica.nodes)), "-H", Shell(f'"{hosts}"'), "-x", "CUDA_VISIBLE_DEVICES"]
+
+
+def _options(pool: Pool, index: int, notes: list[str]) -> dict[str, Any]:
+    where = f"pools[{index}]"
+    no_static(pool, index, f"TensorRT-LLM {VERSION}")
+    if pool.attention_dp > 1 and pool.tp > 1:
+        raise PlanError(
+            f"{where}.tp is {pool.tp} with attention_dp {pool.attention_dp}, expected tp 1: TensorRT-LLM runs "
+            "attention on one rank or on all; plan tp 1 or attention_dp 1, or use sglang"
+        )
+    if pool.block_tokens < 2 or pool.block_tokens & (pool.block_tokens - 1):
+        raise PlanError(f"{where}.block_tokens is {pool.block_tokens}, expected a power of two for TensorRT-LLM")
+    if pool.kv not in {"bf16", "fp16", "fp32", "fp8"}:
+        raise PlanError(f"{where}.kv is {pool.kv!r}, expected the model's type or fp8 for TensorRT-LLM; plan kv fp8")
+    if pool.policy == "prefill-first":
+        notes.append(
+            f"{where}: policy prefill-first is approximated: TensorRT-LLM mixes whole prompts with decodes (policy "
+            "orca); sglang runs prefill-first as planned."
+        )
+    options: dict[str, Any] = {
+        "dtype": compute_dtype(pool, index, notes),
+        "enable_chunked_prefill": pool.policy == "chunked",
+        "kv_cache_config": {
+            "dtype": "fp8" if pool.kv == "fp8" else "auto",
+            "enable_block_reuse": False,
+            "tokens_per_block": pool.block_tokens,
+        },
+    }
+    if pool.weights == "fp8":
+        notes.append(f"{where}: TensorRT-LLM does not quantise at load: serve a checkpoint that is already fp8.")
+    if pool.attention_dp > 1:
+        options["enable_attention_dp"] = True
+    if pool.ep > 1 or pool.expert_tp > 1:
+        options["moe_expert_parallel_size"], options["moe_tensor_parallel_size"] = pool.ep, pool.expert_tp
+    if pool.stages is not None:
+        options["pp_partition"] = list(pool.stages)
+        notes.append(f"{where}: pp_partition is a prototype option of TensorRT-LLM {VERSION}.")
+    return options

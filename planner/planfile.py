@@ -1,0 +1,152 @@
+"""Plans as YAML files: read with one-line errors, written completely or not at all."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from hwmodels.mapping import DTYPE_BYTES
+from planner.errors import PlanError
+from planner.plan import Plan, Pool
+from simulator.errors import SaveError
+
+#: Newest layout of a plan file this release reads.
+VERSION = 1
+
+_PLAN = TypeAdapter(Plan)
+_KEYS = {Plan: list(Plan.__annotations__), Pool: list(Pool.__annotations__)}
+_COUNTS = ("replicas", "tp", "pp", "attention_dp", "ep", "expert_tp")
+_LIMITS = ("max_seqs", "token_budget", "block_tokens", "max_context_tokens")
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """The plan in a YAML file; PlanError names the file, the key, its value and what was expected."""
+    source = os.fspath(path)
+    data = _load(source)
+    version = data.get("version", VERSION)
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise PlanError(f"{source}: version is {version!r}, expected 1 to {VERSION}; plan again or update shardwise")
+    try:
+        # JSON in between: strict (no "8" for 8, no yes for 1), yet lists may stand for tuples.
+        plan = _PLAN.validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise PlanError(f"{source}: {_first(error)}") from None
+    check_plan(plan, source)
+    return plan
+
+
+def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """Write a plan as YAML; the file appears complete or, with SaveError, not at all."""
+    check_plan(plan)
+    target = Path(path)
+    text = yaml.safe_dump(_PLAN.dump_python(plan, mode="json"), sort_keys=False, allow_unicode=True)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
+        ) as handle:
+            temporary = handle.name
+            handle.write(text)
+        # A temporary file is private (0600); the plan gets what open() would have given it.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise SaveError(
+            f"{target}: cannot be written ({error.strerror}), expected a writable folder; choose another path"
+        ) from None
+
+
+def check_plan(plan: Plan, source: str = "plan") -> None:
+    """Raise PlanError, its text starting with `source`, unless the plan could be launched on some cluster."""
+    problem = next(_problems(plan), None)
+    if problem is not None:
+        raise PlanError(f"{source}: {problem}")
+
+
+def _problems(plan: Plan) -> Iterator[str]:
+    for key in ("model", "hardware", "engine"):
+        value = getattr(plan, key)
+        if not value or not value.isprintable():
+            yield f"{key} is {value!r}, expected a name or a path of printable characters"
+    if plan.gpus < 1:
+        yield f"gpus is {plan.gpus}, expected at least 1"
+    if not plan.pools:
+        yield "pools is empty, expected at least one pool of replicas"
+    for index, pool in enumerate(plan.pools):
+        for problem in _pool_problems(pool):
+            yield f"pools[{index}].{problem}"
+    if plan.gpus_used > plan.gpus:
+        yield (
+            f"gpus is {plan.gpus}, expected at least the {plan.gpus_used} its pools hold; "
+            "raise gpus or take replicas away"
+        )
+
+
+def _pool_problems(pool: Pool) -> Iterator[str]:
+    for key in _COUNTS + _LIMITS:
+        if getattr(pool, key) < 1:
+            yield f"{key} is {getattr(pool, key)}, expected at least 1"
+    for key in ("weights", "activations", "kv"):
+        if getattr(pool, key) not in DTYPE_BYTES:
+            yield f"{key} is {getattr(pool, key)!r}, expected one of {', '.join(DTYPE_BYTES)}"
+    if pool.stages is not None and (len(pool.stages) != pool.pp or min(pool.stages, default=0) < 1):
+        yield f"stages is {list(pool.stages)}, expected {pool.pp} layer counts (one per stage) of at least 1"
+    ranks = pool.tp * pool.attention_dp
+    if (pool.ep > 1 or pool.expert_tp > 1) and pool.ep * pool.expert_tp != ranks:
+        yield f"ep is {pool.ep}, expected ep * expert_tp ({pool.expert_tp}) to equal tp * attention_dp ({ranks})"
+    if pool.policy == "chunked" and pool.max_seqs > pool.token_budget:
+        yield f"max_seqs is {pool.max_seqs}, expected at most token_budget ({pool.token_budget}) with policy chunked"
+
+
+def _load(source: str) -> dict[str, Any]:
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except OSError as error:
+        raise PlanError(
+            f"{source}: cannot be read ({error.strerror}), expected a plan file; write one with shardwise plan --save"
+        ) from None
+    except UnicodeDecodeError:
+        raise PlanError(f"{source}: is not UTF-8 text, expected a plan file in YAML") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.constructor.ConstructorError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise PlanError(f"{source}: line {line}: {error.problem}, expected plain YAML without tags") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise PlanError(f"{source}: {where}{problem}, expected YAML") from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        kind = "empty" if data is None else "not a mapping of names"
+        raise PlanError(f"{source}: is {kind}, expected keys such as {', '.join(_KEYS[Plan][:4])}")
+    return data
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing pydantic found wrong, as `key is value, expected ...`."""
+    detail = error.errors(include_url=False)[0]
+    location = detail["loc"]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    kind, value = detail["type"], detail.get("input")
+    if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
+        known = _KEYS[Pool if location[0] == "pools" and len(location) > 1 else Plan]
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{name} is an unknown key (value {value!r}), expected one of {', '.join(known)}{hint}"
+    if kind in {"missing", "missing_argument"}:
+        return f"{name} is missing, expected {', '.join(_KEYS[Pool if 'pools' in location else Plan])}"
+    message = detail["msg"].removeprefix("Input should be ").rstrip(".")
+    return f"{name} is {value!r}, expected {message}"

@@ -1,0 +1,103 @@
+"""What happened in a run: times by request, and segments of equal steps when they are wanted."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.scheduler import Scheduler
+
+class Log:
+    """Times by request index, NaN until known; segments (rows of simulator.result.STEP_COLUMNS) when `record` is set.
+
+    spans   (request, replica, lane, first token, tokens) of what preempted requests emitted between preemptions
+    """
+
+    __slots__ = (
+        "arrival_s",
+        "events",
+        "finish_s",
+        "first_schedule_s",
+        "first_token_s",
+        "lane",
+        "preemptions",
+        "rejected",
+        "replica",
+        "segments",
+        "spans",
+        "_resumed_s",
+        "_spanned",
+    )  # fmt: skip
+
+    def __init__(self, requests: int, *, record: bool) -> None:
+        nan = float("nan")
+        self.arrival_s: NDArray[np.float64] = np.empty(0)
+        self.first_schedule_s = [nan] * requests
+        self.first_token_s = [nan] * requests
+        self.finish_s = [nan] * requests
+        self.replica = [-1] * requests
+        self.lane = [0] * requests
+        self.rejected: list[int] = []
+        self.preemptions: dict[int, int] = {}
+        self.segments = array("d") if record else None
+        self.spans: list[tuple[int, int, int, float, int]] = []
+        self.events = 0
+        self._resumed_s: dict[int, float] = {}
+        self._spanned: dict[int, int] = {}
+
+    def scheduled(self, scheduler: Scheduler, at_s: float) -> None:
+        """Note the requests whose first chunk starts in the formed step."""
+        first_schedule_s = self.first_schedule_s
+        for request, _, before in scheduler.chunks:
+            if not before and first_schedule_s[request] != first_schedule_s[request]:
+                first_schedule_s[request] = at_s
+
+    def prefilled(self, scheduler: Scheduler, at_s: float) -> None:
+        """Note the token that follows every prompt the formed step completes."""
+        first_token_s, prompts, generated = self.first_token_s, scheduler.prompts, scheduler.generated
+        for request, new, before in scheduler.chunks:
+            if not generated:
+                if before + new == prompts[request]:
+                    first_token_s[request] = at_s
+            elif before + new == prompts[request] + generated.get(request, 0):
+                if request in generated:
+                    self._resumed_s[request] = at_s
+                else:
+                    first_token_s[request] = at_s
+
+    def preempted(self, scheduler: Scheduler, replica: int, lane: int) -> None:
+        """Keep what the requests preempted by the formed step had emitted since they last joined."""
+        for request in scheduler.preempted:
+            self.preemptions[request] = self.preemptions.get(request, 0) + 1
+            emitted = scheduler.generated.get(request, 0)
+            earlier = self._spanned.get(request, 0)
+            if emitted > earlier:
+                start = self._resumed_s.get(request, self.first_token_s[request])
+                self.spans.append((request, replica, lane, start, emitted - earlier))
+                self._spanned[request] = emitted
+
+    def last_spans(self, outputs: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int, int, float, int]]:
+        """The spans of all preempted requests, their last ones included."""
+        last = [
+            (request, self.replica[request], self.lane[request], self._resumed_s[request], int(outputs[request]) - emitted)
+            for request, emitted in self._spanned.items()
+            if request in self._resumed_s and self.finish_s[request] == self.finish_s[request]
+        ]
+        return self.spans + last
+
+    def record(
+        self, replica: int, lane: int, start_s: float, end_s: float, steps: int, slope_s: float, running: int, context: int, s: Scheduler
+    ) -> None:
+        """Append the steps that the scheduler has formed and not yet taken to the segments."""
+        tokens = pairs = 0
+        for _, new, before in s.chunks:
+            tokens += new
+            pairs += new * before + new * (new + 1) // 2
+        assert self.segments is not None
+        self.segments.extend(
+            (replica, lane, start_s, end_s, steps, slope_s, running, context, tokens, pairs,
+             len(s.chunks), len(s.waiting), s.kv_blocks - s.free)
+        )  # fmt: skip

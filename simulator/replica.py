@@ -1,0 +1,136 @@
+"""One model replica in time: compressed steps of one scheduler, without SimPy.
+
+Events happen when something changes. While nothing can be admitted, a replica decides at once to take as many decode
+steps as pass before the next completion or KV shortage; an arrival meanwhile shortens the jump to the step boundary
+that follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, inf, sqrt
+
+from hwmodels.step_model import StepModel
+from simulator.log import Log
+from simulator.scheduler import Scheduler
+
+
+def steps_until(first_s: float, slope_s: float, wait_s: float, limit: int) -> int:
+    """Fewest steps, at least 1 and at most `limit`, whose total time reaches `wait_s`; step j takes first + j slope.
+
+    >>> steps_until(1.0, 0.0, 2.5, 10)
+    3
+    >>> steps_until(1.0, 1.0, 3.0, 10)  # 1 + 2
+    2
+    """
+    if wait_s <= first_s:
+        return 1
+    if slope_s > 1e-9 * first_s:
+        # k first + slope k (k - 1) / 2 = wait
+        half = first_s - slope_s / 2
+        guess = (sqrt(half * half + 2 * slope_s * wait_s) - half) / slope_s
+    else:
+        guess = wait_s / first_s
+    if guess >= limit + 2:
+        return limit
+    steps = max(1, ceil(guess) - 1)
+    while steps < limit and steps * (first_s + slope_s * (steps - 1) / 2) < wait_s:
+        steps += 1
+    return steps if steps < limit else limit
+
+
+class Replica:
+    """One scheduler on one step model: the next change is decided by `plan`, may be shortened, and is taken by `commit`.
+
+    index   where the replica stands in the log
+    now     the step boundary reached, in seconds
+    end     when the planned steps end; inf when idle
+    """
+
+    __slots__ = ("_context", "_first", "_running", "_slope", "_start", "_steps", "end", "index", "log", "model", "now", "scheduler")
+
+    def __init__(self, model: StepModel, schedulers: Sequence[Scheduler], log: Log, index: int) -> None:
+        self.model = model
+        (self.scheduler,) = schedulers
+        self.log = log
+        self.index = index
+        self.now = 0.0
+        self.end = inf
+        self._steps = 0
+        self._start = 0.0
+        self._first = 0.0
+        self._slope = 0.0
+        self._running = 0
+        self._context = 0
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """The load a router sees."""
+        return self.scheduler.outstanding_tokens
+
+    def enqueue(self, request: int, at_s: float) -> None:
+        """A request arrives: an idle replica can start on it, a jump ends at the next step boundary."""
+        log, scheduler = self.log, self.scheduler
+        log.replica[request] = self.index
+        if not scheduler.accepts(request):
+            log.rejected.append(request)
+            return
+        may_join = not scheduler.waiting
+        scheduler.enqueue(request)
+        if self.end == inf:
+            self.now = max(self.now, at_s)
+        elif may_join and self._steps > 1 and at_s <= self.end - self._first - self._slope * (self._steps - 1):
+            self._steps = steps_until(self._first, self._slope, at_s - self._start, self._steps)
+            self.end = self._start + self._steps * (self._first + self._slope * (self._steps - 1) / 2)
+
+    def plan(self, horizon_s: float) -> float:
+        """Decide the next step or steps, starting now; the time they end, inf if there is nothing to do.
+
+        horizon_s   when the next request arrives, as far as is known: steps do not go on past it if it could join
+        """
+        scheduler = self.scheduler
+        if not scheduler.form():
+            self.end = inf
+            return inf
+        if scheduler.preempted:
+            self.log.preempted(scheduler, self.index, 0)
+        start = self._start = self.now
+        if scheduler.decode_runs:
+            running = self._running = scheduler.running
+            context = self._context = scheduler.context_offset + running * (scheduler.steps + 1)
+        else:
+            running = context = self._running = self._context = 0
+        chunks = scheduler.chunks
+        if chunks:
+            self.log.scheduled(scheduler, start)
+            self._steps = 1
+            self._slope = 0.0
+            duration = self.model.step_s(running, context, [chunk[1:] for chunk in chunks])
+        else:
+            first, slope, limit = self.model.decode_run(running, context)
+            steps = scheduler.settled_steps() if scheduler.settled else 1
+            if steps > limit:
+                steps = int(limit)
+            if steps > 1 and horizon_s < inf and not scheduler.waiting:
+                steps = steps_until(first, slope, horizon_s - start, steps)
+            self._first = first
+            self._slope = slope
+            self._steps = steps
+            duration = steps * (first + slope * (steps - 1) / 2)
+        end = self.end = start + duration
+        return end
+
+    def commit(self) -> Sequence[int]:
+        """Take the planned steps; the requests that finished."""
+        scheduler, log = self.scheduler, self.log
+        end = self.now = self.end
+        log.events += 1
+        if log.segments is not None:
+            log.record(self.index, 0, self._start, end, self._steps, self._slope, self._running, self._context, scheduler)
+        if scheduler.chunks:
+            log.prefilled(scheduler, end)
+        finished = scheduler.advance(self._steps)
+        finish_s = log.finish_s
+        for request in finished:
+            finish_s[request] = end
+        return finished

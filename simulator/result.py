@@ -1,0 +1,186 @@
+"""What a simulation returns: one flat frame of requests, the log of what ran, and the totals of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+#: Columns of the step log; one row is `steps` consecutive steps of one lane with the same set of sequences.
+#:
+#: replica, lane            where it ran (a lane is one scheduler: a pipeline slot or an attention-DP rank)
+#: start_s, end_s           from the first step's start to the last step's end
+#: steps, slope_s           step j of the row lasts first + j slope, first = (end - start)/steps - slope (steps - 1)/2
+#: decode_sequences         sequences that emit one token at the end of every step; 0 in a prefill-only step
+#: decode_context_tokens    tokens attended by all of them together in the first step
+#: prefill_tokens, prefill_pairs, prefill_sequences   prompt tokens, query-key pairs and prompts; 0 unless steps == 1
+#: waiting, kv_blocks       requests in the lane's queue, and KV blocks it holds
+STEP_COLUMNS = (
+    "replica",
+    "lane",
+    "start_s",
+    "end_s",
+    "steps",
+    "slope_s",
+    "decode_sequences",
+    "decode_context_tokens",
+    "prefill_tokens",
+    "prefill_pairs",
+    "prefill_sequences",
+    "waiting",
+    "kv_blocks",
+)
+
+_STEP_FLOATS = frozenset({"start_s", "end_s", "slope_s"})
+
+
+@dataclass(frozen=True, slots=True)
+class RunTotals:
+    """Sums over a whole run.
+
+    gpus, replicas       devices of the deployment and model copies on them
+    makespan_s           last finish - first arrival
+    model_flops          arithmetic the model asked for, recomputation after a preemption included
+    hbm_bytes            device memory traffic
+    energy_j             of all devices, idle time included
+    price_usd_per_h      of all devices; None when not known
+    peak_flops_per_s, memory_bytes_per_s   of all devices together, in the formats used
+    kv_blocks            KV pool of one lane
+    seed, events         what the run was drawn from, and scheduling decisions taken
+    """
+
+    gpus: int
+    replicas: int
+    makespan_s: float
+    model_flops: float
+    hbm_bytes: float
+    energy_j: float
+    price_usd_per_h: float | None
+    peak_flops_per_s: float
+    memory_bytes_per_s: float
+    kv_blocks: int
+    seed: int
+    events: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run.
+
+    requests   one row per request, see `request_frame`
+    steps      the step log, columns STEP_COLUMNS; None when it was not recorded
+    spans      request, replica, lane, first_token_s, tokens: a stretch of tokens emitted without interruption, for
+               every request that was interrupted (by a preemption); other requests have one implicit span from
+               first_token_s on. None when nothing was recorded
+    totals     sums over the run
+    """
+
+    requests: pd.DataFrame
+    steps: pd.DataFrame | None
+    spans: pd.DataFrame | None
+    totals: RunTotals
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the SLO classes, also of those without a request."""
+        return tuple(str(name) for name in self.requests["slo_class"].cat.categories)
+
+
+def latencies(
+    arrival_s: ArrayLike, first_token_s: ArrayLike, finish_s: ArrayLike, output_tokens: ArrayLike
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """TTFT, TPOT and E2E of each request, in seconds; NaN where something never happened.
+
+    TPOT is the mean gap after the first token, (finish - first token) / (output - 1), NaN for one-token answers.
+
+    >>> ttft, tpot, e2e = latencies([1.0], [3.0], [7.0], [5])
+    >>> float(ttft[0]), float(tpot[0]), float(e2e[0])
+    (2.0, 1.0, 6.0)
+    """
+    arrival, first, finish = (np.asarray(values, dtype=float) for values in (arrival_s, first_token_s, finish_s))
+    gaps = np.asarray(output_tokens, dtype=float) - 1.0
+    tpot = np.full(finish.shape, np.nan)
+    np.divide(finish - first, gaps, out=tpot, where=gaps > 0)
+    return first - arrival, tpot, finish - arrival
+
+
+def request_frame(
+    *,
+    arrival_s: ArrayLike,
+    first_schedule_s: ArrayLike,
+    first_token_s: ArrayLike,
+    finish_s: ArrayLike,
+    prompt_tokens: ArrayLike,
+    output_tokens: ArrayLike,
+    rejected: ArrayLike,
+    replica: ArrayLike = 0,
+    lane: ArrayLike = 0,
+    preemptions: ArrayLike = 0,
+    class_codes: ArrayLike = 0,
+    class_names: Sequence[str] = ("default",),
+) -> pd.DataFrame:
+    """One row per request, in the order given; times in seconds, NaN where something never happened.
+
+    rejected      true for requests that can never fit: counted, never scheduled
+    class_codes   position of each request's SLO class in class_names
+
+    Adds `request` (the position), `slo_class`, and the latencies `ttft_s`, `tpot_s`, `e2e_s` and `queue_s` (arrival to
+    first schedule).
+    """
+    arrival = np.asarray(arrival_s, dtype=float)
+    schedule = np.asarray(first_schedule_s, dtype=float)
+    first = np.asarray(first_token_s, dtype=float)
+    finish = np.asarray(finish_s, dtype=float)
+    ttft, tpot, e2e = latencies(arrival, first, finish, output_tokens)
+
+    def ints(values: ArrayLike) -> np.ndarray:
+        return np.broadcast_to(np.asarray(values, dtype=np.int32), arrival.shape)
+
+    return pd.DataFrame(
+        {
+            "request": np.arange(len(arrival), dtype=np.int64),
+            "slo_class": pd.Categorical.from_codes(ints(class_codes), categories=list(class_names)),
+            "replica": ints(replica),
+            "lane": ints(lane),
+            "arrival_s": arrival,
+            "first_schedule_s": schedule,
+            "first_token_s": first,
+            "finish_s": finish,
+            "prompt_tokens": ints(prompt_tokens),
+            "output_tokens": ints(output_tokens),
+            "preemptions": ints(preemptions),
+            "rejected": np.broadcast_to(np.asarray(rejected, dtype=bool), arrival.shape),
+            "ttft_s": ttft,
+            "tpot_s": tpot,
+            "e2e_s": e2e,
+            "queue_s": schedule - arrival,
+        }
+    )
+
+
+def step_frame(values: ArrayLike) -> pd.DataFrame:
+    """The step log from rows of STEP_COLUMNS, flat (`array('d')`) or as a table."""
+    table = np.asarray(values, dtype=float).reshape(-1, len(STEP_COLUMNS))
+    return pd.DataFrame(
+        {
+            name: table[:, position].copy() if name in _STEP_FLOATS else table[:, position].astype(np.int64)
+            for position, name in enumerate(STEP_COLUMNS)
+        }
+    )
+
+
+def span_frame(rows: Sequence[tuple[int, int, int, float, int]]) -> pd.DataFrame:
+    """The spans from rows (request, replica, lane, first_token_s, tokens)."""
+    columns = list(zip(*rows, strict=True)) if rows else [()] * 5
+    return pd.DataFrame(
+        {
+            "request": np.array(columns[0], dtype=np.int64),
+            "replica": np.array(columns[1], dtype=np.int32),
+            "lane": np.array(columns[2], dtype=np.int32),
+            "first_token_s": np.array(columns[3], dtype=float),
+            "tokens": np.array(columns[4], dtype=np.int64),
+        }
+    )

@@ -1,0 +1,380 @@
+"""Which sequences run in the next step: continuous batching with paged KV, without a clock.
+
+A decoding sequence is never touched while it decodes. The scheduler counts its decode steps in one number, `steps`;
+a sequence stores `cached - steps` from the moment it joins and the value of `steps` at which it finishes, so contexts,
+block needs and completions of any number of unchanging steps follow in constant time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Literal
+
+from simulator.errors import SchedulerError
+
+Policy = Literal["chunked", "prefill-first", "orca", "static"]
+#: (request, new tokens, tokens cached before them) of one prompt chunk.
+Chunk = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How an engine forms its batches.
+
+    policy               chunked: prompts cut to fill a token budget beside the decodes (Sarathi-Serve, vLLM V1);
+                         prefill-first: whole prompts before any decode (vLLM V0);
+                         orca: whole prompts beside the decodes; static: a batch runs to its end
+    max_seqs             sequences in one step
+    token_budget         tokens in one step
+    block_tokens         tokens of one KV block
+    max_context_tokens   longest prompt + output
+    """
+
+    policy: Policy = "chunked"
+    max_seqs: int = 256
+    token_budget: int = 2048
+    block_tokens: int = 16
+    max_context_tokens: int = 32768
+
+    def __post_init__(self) -> None:
+        """Raise SchedulerError for settings that contradict each other."""
+        for name in ("max_seqs", "token_budget", "block_tokens", "max_context_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise SchedulerError(f"{name}={value}: expected an integer of at least 1")
+        if self.policy not in POLICIES:
+            raise SchedulerError(f"policy={self.policy!r}: expected one of {', '.join(POLICIES)}")
+        if self.max_seqs > self.token_budget:
+            raise SchedulerError(
+                f"max_seqs={self.max_seqs}: every decoding sequence takes a token of the step, so at most "
+                f"token_budget={self.token_budget} can run; lower max_seqs or raise token_budget"
+            )
+
+
+class Scheduler:
+    """The queue, the running sequences and the KV blocks of one engine.
+
+    prompts, outputs   tokens of every request of the run; outputs tell when a sequence ends, policies never see them
+    kv_blocks          blocks of the KV pool
+    """
+
+    __slots__ = (
+        "_admit",
+        "_block",
+        "_finish_at",
+        "_heap",
+        "_needs",
+        "_offset",
+        "_order",
+        "_padded",
+        "_partial",
+        "_partial_done",
+        "chunks",
+        "config",
+        "context_offset",
+        "decode_runs",
+        "free",
+        "generated",
+        "kv_blocks",
+        "outputs",
+        "preempted",
+        "prompts",
+        "running",
+        "settled",
+        "steps",
+        "unfinished",
+        "waiting",
+        "waiting_tokens",
+    )
+
+    def __init__(self, config: SchedulerConfig, kv_blocks: int, prompts: list[int], outputs: list[int]) -> None:
+        self.config = config
+        self.kv_blocks = kv_blocks
+        self.prompts = prompts
+        self.outputs = outputs
+        self.waiting: deque[int] = deque()
+        self.waiting_tokens = 0
+        self.unfinished = 0
+        self.free = kv_blocks
+        self.steps = 0
+        self.running = 0  # sequences in a decode step, padding rows included
+        self.context_offset = 0  # sum over them of cached - steps
+        self.chunks: list[Chunk] = []
+        self.decode_runs = False
+        self.settled = True  # whether the next step can differ only through an arrival, a completion or a KV shortage
+        self.generated: dict[int, int] = {}  # tokens emitted before the last preemption
+        self.preempted: list[int] = []  # by the last call of form()
+        self._block = config.block_tokens
+        self._admit = POLICIES[config.policy]
+        self._needs = [0] * config.block_tokens  # sequences that need a block when steps % block_tokens is the index
+        self._offset: dict[int, int] = {}
+        self._finish_at: dict[int, int] = {}
+        self._heap: list[tuple[int, int]] = []
+        self._order: list[int] = []  # by admission; ended ones are dropped when met
+        self._partial = -1
+        self._partial_done = 0
+        self._padded = config.policy == "static"
+
+    def accepts(self, request: int) -> bool:
+        """Whether the request could ever run here."""
+        config = self.config
+        prompt, output = self.prompts[request], self.outputs[request]
+        longest = prompt + output - 1
+        if prompt + output > config.max_context_tokens or -(-longest // self._block) > self.kv_blocks:
+            return False
+        if config.policy != "chunked" and longest > config.token_budget:
+            return False
+        return not (self._padded and -(-config.max_context_tokens // self._block) > self.kv_blocks)
+
+    def enqueue(self, request: int) -> None:
+        """Put an accepted request at the end of the queue."""
+        self.waiting.append(request)
+        self.waiting_tokens += self.prompts[request]
+        self.unfinished += 1
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens waiting for prefill and tokens cached for decoding sequences: the load a router sees."""
+        return self.waiting_tokens + self.context_offset + self.running * self.steps
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would not be empty."""
+        return self.running > 0 or self._partial >= 0 or bool(self.waiting)
+
+    @property
+    def context(self) -> int:
+        """Tokens the next decode step attends to, its own new tokens included."""
+        return self.context_offset + self.running * (self.steps + 1)
+
+    def form(self) -> bool:
+        """Decide the next step: sets `chunks` and `decode_runs`; False if there is nothing to run."""
+        if self.preempted:
+            self.preempted = []
+        self.chunks = []
+        self.settled = True
+        self._admit(self)
+        return self.decode_runs or bool(self.chunks)
+
+    def settled_steps(self) -> int:
+        """How many decode steps, the formed one included, run before a completion or a KV shortage."""
+        heap, finish_at = self._heap, self._finish_at
+        while finish_at.get(heap[0][1]) != heap[0][0]:
+            heappop(heap)
+        steps = heap[0][0] - self.steps
+        if not self._padded and steps > 1 and self.free < self.running * (steps // self._block + 1):
+            # The first step's blocks are taken already; find how many more steps the free blocks carry.
+            left, now, block, needs = self.free, self.steps, self._block, self._needs
+            whole = left // self.running
+            left -= whole * self.running
+            taken = 1 + whole * block
+            while taken < steps:
+                left -= needs[(now + taken) % block]
+                if left < 0:
+                    break
+                taken += 1
+            steps = min(steps, taken)
+        return steps
+
+    def advance(self, steps: int) -> list[int]:
+        """Take `steps` steps of the formed kind (1 if it has chunks); the requests that finished, in no special order."""
+        finished: list[int] = []
+        block = self._block
+        if self.decode_runs:
+            if steps > 1 and not self._padded:
+                cycles, rest = divmod(steps - 1, block)
+                begin = (self.steps + 1) % block
+                end = begin + rest
+                needs = self._needs
+                taken = cycles * self.running
+                taken += sum(needs[begin:end]) if end <= block else sum(needs[begin:]) + sum(needs[: end - block])
+                self.free -= taken
+            now = self.steps = self.steps + steps
+            heap = self._heap
+            finish_at = self._finish_at
+            while heap and heap[0][0] <= now:
+                at, request = heappop(heap)
+                if finish_at.get(request) == at:
+                    del finish_at[request]
+                    finished.append(request)
+                    offset = self._offset.pop(request)
+                    if not self._padded:
+                        self.running -= 1
+                        self.context_offset -= offset
+                        self._needs[-offset % block] -= 1
+                        self.free += -(-(offset + at) // block)
+        if self.chunks:
+            prompts, outputs, generated = self.prompts, self.outputs, self.generated
+            for request, new, before in self.chunks:
+                target = prompts[request]
+                done = 0
+                if request in generated:
+                    done = generated[request]
+                    target += done
+                if before + new < target:
+                    self._partial = request
+                    self._partial_done = before + new
+                    continue
+                if request == self._partial:
+                    self._partial = -1
+                left = outputs[request] - done - 1
+                if left:
+                    self._join(request, target, left)
+                else:
+                    finished.append(request)
+                    if self._padded:
+                        self.running += 1
+                        self.context_offset += target - self.steps
+                    else:
+                        self.free += -(-target // block)
+        if self._padded and finished and not self._finish_at:
+            self.running = 0
+            self.context_offset = 0
+            self.free = self.kv_blocks
+        self.unfinished -= len(finished)
+        return finished
+
+    def _join(self, request: int, cached: int, left: int) -> None:
+        """Start decoding: `cached` tokens are in the pool, `left` tokens are still to come."""
+        offset = cached - self.steps
+        finish = self.steps + left
+        self._offset[request] = offset
+        self._finish_at[request] = finish
+        heappush(self._heap, (finish, request))
+        self.running += 1
+        self.context_offset += offset
+        self._needs[-offset % self._block] += 1
+
+    def _head_target(self) -> int:
+        """Tokens the head of the queue has to prefill."""
+        head = self.waiting[0]
+        target = self.prompts[head]
+        return target + self.generated[head] if head in self.generated else target
+
+    def _admit_head(self, blocks: int) -> int:
+        """Move the head of the queue to the running sequences."""
+        request = self.waiting.popleft()
+        self.waiting_tokens -= self.prompts[request]
+        self.free -= blocks
+        if not self._padded:
+            self._order.append(request)
+            if len(self._order) > 64 + 4 * (self.running + len(self.chunks)):
+                alive = self._finish_at
+                inside = {chunk[0] for chunk in self.chunks} | {self._partial, request}
+                self._order = [r for r in self._order if r in alive or r in inside]
+        return request
+
+    def _preempt_last(self) -> None:
+        """Send the sequence admitted last back to the front of the queue, to be recomputed."""
+        block = self._block
+        while True:
+            request = self._order.pop()
+            if request == self._partial:
+                self._partial = -1
+                self.free += -(-(self.prompts[request] + self.generated.get(request, 0)) // block)
+                break
+            if request in self._finish_at:
+                left = self._finish_at.pop(request) - self.steps
+                offset = self._offset.pop(request)
+                cached = offset + self.steps
+                self.running -= 1
+                self.context_offset -= offset
+                self._needs[-offset % block] -= 1
+                self.free += -(-cached // block)
+                self.generated[request] = self.outputs[request] - left
+                break
+        self.waiting.appendleft(request)
+        self.waiting_tokens += self.prompts[request]
+        self.preempted.append(request)
+
+    def _grow_decodes(self) -> bool:
+        """Give every decoding sequence room for its next token, preempting while there is none; whether any was."""
+        self.decode_runs = self.running > 0
+        if not self.decode_runs:
+            return False
+        index = self.steps % self._block
+        needs = self._needs
+        if needs[index] <= self.free:
+            self.free -= needs[index]
+            return False
+        while needs[index] > self.free:
+            self._preempt_last()
+        self.free -= needs[index]
+        self.decode_runs = self.running > 0
+        self.settled = False
+        return True
+
+
+def _chunked(s: Scheduler) -> None:
+    """All decodes, then the prompt in progress, then new prompts, up to the token budget (Sarathi-Serve, arXiv:2403.02310)."""
+    shortage = s._grow_decodes()
+    left = s.config.token_budget - s.running
+    partial = s._partial
+    if partial >= 0 and left > 0:
+        done = s._partial_done
+        target = s.prompts[partial] + s.generated.get(partial, 0)
+        new = min(target - done, left)
+        s.chunks.append((partial, new, done))
+        left -= new
+        if done + new < target:
+            return
+        partial = -1
+    if shortage or partial >= 0:
+        return
+    room = s.config.max_seqs - s.running - len(s.chunks)
+    while left > 0 and room > 0 and s.waiting:
+        target = s._head_target()
+        blocks = -(-target // s._block)
+        if blocks > s.free:
+            return
+        request = s._admit_head(blocks)
+        new = min(target, left)
+        s.chunks.append((request, new, 0))
+        left -= new
+        room -= 1
+
+
+def _whole_prompts(s: Scheduler, left: int, blocks_each: int | None = None) -> None:
+    """Admit whole prompts, first come first served, while tokens, sequences and blocks last."""
+    room = s.config.max_seqs - s.running
+    while room > 0 and s.waiting:
+        target = s._head_target()
+        blocks = blocks_each or -(-target // s._block)
+        if target > left or blocks > s.free:
+            return
+        s.chunks.append((s._admit_head(blocks), target, 0))
+        left -= target
+        room -= 1
+
+
+def _prefill_first(s: Scheduler) -> None:
+    """Whole prompts alone in a step as long as one can be admitted, decodes otherwise (vLLM V0)."""
+    _whole_prompts(s, s.config.token_budget)
+    if s.chunks:
+        s.decode_runs = False
+    else:
+        s._grow_decodes()
+
+
+def _orca(s: Scheduler) -> None:
+    """Whole prompts in the same step as the decodes (Orca, OSDI 2022)."""
+    if not s._grow_decodes():
+        _whole_prompts(s, s.config.token_budget - s.running)
+
+
+def _static(s: Scheduler) -> None:
+    """A batch is admitted together, reserves its longest context, and runs until its last sequence ends."""
+    s.decode_runs = s.running > 0
+    if not s.decode_runs:
+        _whole_prompts(s, s.config.token_budget, -(-s.config.max_context_tokens // s._block))
+
+
+POLICIES: dict[str, Callable[[Scheduler], None]] = {
+    "chunked": _chunked,
+    "prefill-first": _prefill_first,
+    "orca": _orca,
+    "static": _static,
+}

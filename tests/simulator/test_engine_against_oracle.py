@@ -1,0 +1,167 @@
+"""The compressed engine gives every request the times that the step-by-step oracle gives it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hwmodels.engine import Engine
+from hwmodels.hardware import load_device
+from hwmodels.mapping import Mapping
+from hwmodels.step_model import Pieces, StepModel, Tables
+from simulator.deployment import Deployment, ReplicaSpec
+from simulator.scheduler import SchedulerConfig
+from simulator.simulate import run
+from simulator.workload import Requests, Workload
+
+spec = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
+assert spec is not None and spec.loader is not None
+oracle = importlib.util.module_from_spec(spec)
+__import__("sys").modules["oracle"] = oracle
+spec.loader.exec_module(oracle)
+
+MAX_TOKENS, MAX_SEQS = 512, 32
+ENGINE = Engine(name="test", source="test", step_overhead_s=1e-3, sequence_overhead_s=1e-5, memory_fraction=0.9, reserve_bytes=0.0)
+
+
+def tables(scale: float, knots: tuple[float, ...]) -> Tables:
+    """A stage with fixed, linear and attention parts; with knots, attention gets dearer beyond each."""
+    n = np.arange(MAX_TOKENS + 1, dtype=float)
+    s = np.arange(MAX_SEQS + 1, dtype=float)
+
+    def pieces(rows: np.ndarray, unit: float) -> Pieces:
+        slopes = [unit * (piece + 1) for piece in range(len(knots) + 1)]
+        base, bases = 0.0, []
+        for piece in range(len(slopes)):
+            if piece:
+                base += (slopes[piece - 1] - slopes[piece]) * knots[piece - 1]
+            bases.append(base)
+        return Pieces(
+            knots,
+            tuple((rows * b + 1e-5 * (rows > 0)).tolist() for b in bases),
+            tuple((rows * slope).tolist() for slope in slopes),
+        )
+
+    return Tables(
+        linear=(scale * (2e-3 + 1e-5 * n)).tolist(),
+        shared=(scale * 1e-5 * np.arange(16 * MAX_TOKENS + 1)).tolist(),
+        head=(scale * 1e-5 * s).tolist(),
+        decode=pieces(s, scale * 1e-7),
+        prefill=pieces(n, scale * 1e-7),
+    )
+
+
+def model(stages: int = 1, knots: tuple[float, ...] = ()) -> StepModel:
+    scales = [1.0 + 0.3 * stage for stage in range(stages)]
+    transfer = (1e-4 + 1e-7 * np.arange(MAX_TOKENS + 1)).tolist()
+    return StepModel([tables(scale, knots) for scale in scales], transfer, ENGINE, MAX_TOKENS, MAX_SEQS, "test")
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[SchedulerConfig, int, list[float], list[int], list[int]]:
+    count = draw(st.integers(1, 40))
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    gap = draw(st.sampled_from([0.0, 1e-3, 1e-2, 1e-1]))
+    arrivals = np.cumsum(rng.exponential(gap, count) if gap else np.zeros(count))
+    longest = draw(st.sampled_from([8, 60, 300]))
+    prompts = rng.integers(1, longest + 1, count)
+    outputs = rng.integers(1, draw(st.sampled_from([2, 30, 200])) + 1, count)
+    policy = draw(st.sampled_from(["chunked", "prefill-first", "orca", "static"]))
+    max_seqs = draw(st.sampled_from([1, 3, 8, MAX_SEQS]))
+    budget = draw(st.sampled_from([32, 100, MAX_TOKENS]))
+    block = draw(st.sampled_from([1, 4, 16]))
+    blocks = draw(st.sampled_from([20, 60, 200, 4000])) * 16 // block
+    config = SchedulerConfig(policy, max_seqs, budget, block, draw(st.sampled_from([128, 600])))
+    return config, blocks, arrivals.tolist(), prompts.tolist(), outputs.tolist()
+
+
+def requests_of(arrivals: list[float], prompts: list[int], outputs: list[int]) -> Requests:
+    return Requests(np.array(arrivals), np.array(prompts), np.array(outputs))
+
+
+def same(log: object, expected: dict[str, np.ndarray]) -> None:
+    for name in ("first_schedule_s", "first_token_s", "finish_s"):
+        np.testing.assert_allclose(np.array(getattr(log, name)), expected[name], rtol=1e-9, atol=1e-12, err_msg=name)
+    count = len(expected["finish_s"])
+    rejected = np.zeros(count, dtype=bool)
+    rejected[log.rejected] = True  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(rejected, expected["rejected"])
+    preemptions = [log.preemptions.get(i, 0) for i in range(count)]  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(preemptions, expected["preemptions"])
+
+
+def oracle_config(config: SchedulerConfig, blocks: int) -> object:
+    return oracle.OracleConfig(
+        config.policy, config.max_seqs, config.token_budget, config.block_tokens, config.max_context_tokens, blocks
+    )
+
+
+CHECKED = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+DEVICE = load_device("h100-sxm")
+
+
+@CHECKED
+@given(cases(), st.sampled_from([(), (40.0,), (10.0, 100.0)]))
+def test_one_scheduler(case: tuple[SchedulerConfig, int, list[float], list[int], list[int]], knots: tuple[float, ...]) -> None:
+    config, blocks, arrivals, prompts, outputs = case
+    steps = model(knots=knots)
+    deployment = Deployment([ReplicaSpec(steps, Mapping(), config, blocks, DEVICE)])
+    log = run(deployment, requests_of(arrivals, prompts, outputs), record=True)
+    same(log, oracle.run_oracle(oracle_config(config, blocks), steps.step_s, arrivals, prompts, outputs))
+
+
+@CHECKED
+@given(cases(), st.integers(1, 12))
+def test_closed_loop(case: tuple[SchedulerConfig, int, list[float], list[int], list[int]], concurrency: int) -> None:
+    config, blocks, arrivals, prompts, outputs = case
+    steps = model()
+    deployment = Deployment([ReplicaSpec(steps, Mapping(), config, blocks, DEVICE)])
+    workload = Workload(requests_of(arrivals, prompts, outputs), concurrency=concurrency)
+    log = run(deployment, workload)
+    same(log, oracle.run_oracle_closed_loop(oracle_config(config, blocks), steps.step_s, concurrency, prompts, outputs))
+
+
+@CHECKED
+@given(cases(), st.integers(2, 4))
+def test_pipeline(case: tuple[SchedulerConfig, int, list[float], list[int], list[int]], stages: int) -> None:
+    config, blocks, arrivals, prompts, outputs = case
+    steps = model(stages)
+    deployment = Deployment([ReplicaSpec(steps, Mapping(pp=stages), config, blocks // stages, DEVICE)])
+    log = run(deployment, requests_of(arrivals, prompts, outputs))
+    expected = oracle.run_oracle_pipeline(
+        oracle_config(config, blocks), stages, steps.stages_s, lambda tokens: steps.transfer[tokens], arrivals, prompts, outputs
+    )
+    same(log, expected)
+
+
+@CHECKED
+@given(cases(), st.integers(2, 5), st.sampled_from([(), (40.0,)]))
+def test_attention_data_parallel(
+    case: tuple[SchedulerConfig, int, list[float], list[int], list[int]], groups: int, knots: tuple[float, ...]
+) -> None:
+    config, blocks, arrivals, prompts, outputs = case
+    steps = model(knots=knots)
+    deployment = Deployment([ReplicaSpec(steps, Mapping(attention_dp=groups, ep=groups), config, blocks, DEVICE)])
+    log = run(deployment, requests_of(arrivals, prompts, outputs))
+    same(log, oracle.run_oracle_lockstep(oracle_config(config, blocks), groups, steps.lockstep_s, arrivals, prompts, outputs))
+
+
+@pytest.mark.parametrize("router", ["least-tokens", "power-of-two", "round-robin"])
+def test_one_replica_behind_any_router(router: str) -> None:
+    from simulator.routers import ROUTERS
+
+    rng = np.random.default_rng(3)
+    requests = requests_of(np.cumsum(rng.exponential(0.01, 200)).tolist(), rng.integers(1, 60, 200).tolist(), rng.integers(1, 60, 200).tolist())
+    config = SchedulerConfig(max_seqs=8, token_budget=64, max_context_tokens=600)
+    spec = ReplicaSpec(model(), Mapping(), config, 500, DEVICE)
+    alone = run(Deployment([spec]), requests)
+    routed = run(Deployment([spec, spec], ROUTERS[router]), requests)
+    assert np.isfinite(routed.finish_s).all()
+    assert max(routed.replica) == 1
+    assert np.mean(routed.finish_s) < np.mean(alone.finish_s)
