@@ -34,8 +34,8 @@ class Efficiency:
     gemm_tile           rows and columns of the output tile one compute unit works on at full rate
 
     The defaults are estimates for a data-centre GPU of NVIDIA's Ampere generation or later: library GEMMs at 0.75,
-    attention at 0.55 (FlashAttention-3, arXiv:2407.08608, reports up to 0.75 of H100's peak for long sequences and
-    0.5 to 0.6 at serving sizes), streams at 0.9, a ramp of about one microsecond of bandwidth, tiles of 128 x 128.
+    attention at 0.55 (FlashAttention-3, arXiv:2407.08608, reports up to 0.75 of H100's peak; prompts being served are
+    shorter and uneven), streams at 0.9, a ramp of about one microsecond of bandwidth, tiles of 128 x 128.
     Profile files override them and their `source` says on what ground.
     """
 
@@ -78,6 +78,7 @@ class Device:
 class Fabric:
     """Links that join devices inside a node, or nodes.
 
+    name                 what people call the link
     kind                 inside: 'switch' (every device to a crossbar), 'mesh' (a link per pair), 'pcie' (host bridges),
                          'torus' (2-D grid of neighbours); between: 'rails' (a leaf switch per device position),
                          'ethernet' (a leaf switch per node)
@@ -90,6 +91,7 @@ class Fabric:
     oversubscription     between nodes: leaf ports down over ports up, >= 1
     """
 
+    name: str
     kind: Literal["switch", "mesh", "pcie", "torus", "rails", "ethernet"]
     bytes_per_s: float
     latency_s: float
@@ -187,6 +189,7 @@ class _DeviceFile(_File):
 
 
 class _IntraFile(_File):
+    name: Text
     kind: Literal["switch", "mesh", "pcie", "torus"]
     gb_per_s: Positive
     latency_us: Positive
@@ -206,6 +209,7 @@ class _IntraFile(_File):
     def fabric(self) -> Fabric:
         """In SI."""
         return Fabric(
+            name=self.name,
             kind=self.kind,
             bytes_per_s=self.gb_per_s * 1e9,
             latency_s=self.latency_us * 1e-6,
@@ -217,6 +221,7 @@ class _IntraFile(_File):
 
 
 class _InterFile(_File):
+    name: Text
     kind: Literal["rails", "ethernet"]
     gb_per_s: Positive
     latency_us: Positive
@@ -226,6 +231,7 @@ class _InterFile(_File):
     def fabric(self) -> Fabric:
         """In SI."""
         return Fabric(
+            name=self.name,
             kind=self.kind,
             bytes_per_s=self.gb_per_s * 1e9,
             latency_s=self.latency_us * 1e-6,
@@ -249,6 +255,8 @@ class _ClusterFile(_File):
     def _joined(self) -> Self:
         if self.intra is None and self.gpus_per_node > 1:
             raise ValueError(f"intra is missing: {self.gpus_per_node} devices of a node must be joined")
+        if self.intra is not None and self.intra.kind == "torus" and self.inter is not None:
+            raise ValueError("a torus is one node: leave inter out and set gpus_per_node to its chips")
         return self
 
     def cluster(self, device: Device, gpus: int) -> Cluster:
@@ -278,6 +286,12 @@ def cluster_names() -> list[str]:
 def _shipped_device(name: str) -> Device:
     path = named("device", name, DEVICES)
     return validated(_DeviceFile, read_mapping(path), path).device()
+
+
+@lru_cache(maxsize=256)
+def _shipped_cluster(name: str) -> _ClusterFile:
+    path = named("cluster", name, CLUSTERS)
+    return validated(_ClusterFile, read_mapping(path), path)
 
 
 def load_device(name: str) -> Device:
@@ -317,12 +331,12 @@ def _cluster_file(hardware: str) -> tuple[_ClusterFile, Device]:
         if "device" in data:
             file = validated(_ClusterFile, data, Path(hardware))
             return file, load_device(file.device)
-    elif hardware in cluster_names():
-        path = CLUSTERS / f"{hardware}.yaml"
-        file = validated(_ClusterFile, read_mapping(path), path)
+        device = load_device(hardware)
+        return _shipped_cluster(device.default_cluster), device
+    if hardware in cluster_names():
+        file = _shipped_cluster(hardware)
         return file, load_device(file.device)
-    elif hardware not in device_names():
+    if hardware not in device_names():
         raise unknown_name("hardware", hardware, {*device_names(), *cluster_names()})
     device = load_device(hardware)
-    path = named("cluster", device.default_cluster, CLUSTERS)
-    return validated(_ClusterFile, read_mapping(path), path), device
+    return _shipped_cluster(device.default_cluster), device

@@ -69,7 +69,9 @@ def _feed_forward_share(ff: FeedForward, hidden: int, mapping: Mapping) -> float
     return routed / (mapping.ep * mapping.expert_tp) + (total - routed) / mapping.tp
 
 
-def stage_weight_bytes(model: ModelShape, layers: Sequence[Layer], mapping: Mapping, precision: Precision, *, first: bool, last: bool) -> float:
+def stage_weight_bytes(
+    model: ModelShape, layers: Sequence[Layer], mapping: Mapping, precision: Precision, *, first: bool, last: bool
+) -> float:
     """Bytes of the weights one rank of a stage keeps; embedding and head stay in 16 bit."""
     parameters = 0.0
     for layer, count in Counter(layers).items():
@@ -83,14 +85,21 @@ def stage_weight_bytes(model: ModelShape, layers: Sequence[Layer], mapping: Mapp
     return parameters * weight_bytes(precision.weights) + tables * table
 
 
-def activation_bytes(model: ModelShape, mapping: Mapping, precision: Precision, token_budget: int, max_seqs: int) -> float:
+def activation_bytes(
+    model: ModelShape, mapping: Mapping, precision: Precision, token_budget: int, max_seqs: int
+) -> float:
     """Peak bytes of a step's intermediate tensors on one rank: residual and normed input, the widest projection, logits in fp32."""
     widest = 0.0
     for layer in set(model.layers):
         a, ff = layer.attention, layer.feed_forward
         qkv = (a.heads + 2 * a.kv_heads) * a.head_dim / mapping.tp
         if ff.experts:
-            routed = token_share(mapping) * ff.top_k / (mapping.ep * mapping.expert_tp) * (model.hidden + 3 * ff.intermediate)
+            routed = (
+                token_share(mapping)
+                * ff.top_k
+                / (mapping.ep * mapping.expert_tp)
+                * (model.hidden + 3 * ff.intermediate)
+            )
             up = routed + 3 * ff.shared_intermediate / mapping.tp
         else:
             up = 3 * ff.intermediate / mapping.tp
@@ -133,7 +142,9 @@ def plan_memory(
     return worst
 
 
-def require_fit(memory: Memory, model: ModelShape, mapping: Mapping, device: Device, tokens: int, block_tokens: int) -> None:
+def require_fit(
+    memory: Memory, model: ModelShape, mapping: Mapping, device: Device, tokens: int, block_tokens: int
+) -> None:
     """Raise OutOfMemoryError unless a sequence of `tokens` tokens fits beside the weights."""
     needed = ceil(tokens / block_tokens)
     if memory.kv_blocks < needed:

@@ -150,7 +150,9 @@ def kv_heads_per_rank(attention: Attention, tp: int) -> int:
     return max(1, attention.kv_heads // tp)
 
 
-def attention_linear(model: ModelShape, attention: Attention, tokens: Array, mapping: Mapping, p: Precision, count: int) -> list[Operator]:
+def attention_linear(
+    model: ModelShape, attention: Attention, tokens: Array, mapping: Mapping, p: Precision, count: int
+) -> list[Operator]:
     """Projections, norm and rotary embedding of one attention block for `tokens` tokens of any phase."""
     t, hidden, element = mapping.tp, model.hidden, wire_bytes(p)
     heads = attention.heads // t
@@ -172,7 +174,9 @@ def attention_linear(model: ModelShape, attention: Attention, tokens: Array, map
     return ops
 
 
-def decode_attention(attention: Attention, sequences: Array, context: Array, tp: int, p: Precision, count: int) -> list[Operator]:
+def decode_attention(
+    attention: Attention, sequences: Array, context: Array, tp: int, p: Precision, count: int
+) -> list[Operator]:
     """Attention of `sequences` single tokens over `context` cached tokens in total (the new tokens included).
 
     With a sliding window the total is clipped at sequences x window, exact when all contexts are on one side of it.
@@ -193,7 +197,9 @@ def decode_attention(attention: Attention, sequences: Array, context: Array, tp:
     nope = attention.head_dim - latent.rope_dim
     return [
         Gemm("query into latent", sequences, latent.kv_rank, nope, p, count, groups=heads),
-        AttentionCore("decode attention", "decode", sequences, context, context, heads, 1, width, latent.kv_rank, True, p, count),
+        AttentionCore(
+            "decode attention", "decode", sequences, context, context, heads, 1, width, latent.kv_rank, True, p, count
+        ),
         Gemm("latent into value", sequences, attention.value_dim, latent.kv_rank, p, count, groups=heads),
     ]
 
@@ -215,7 +221,9 @@ def attended_pairs(new: Array, before: Array, window_tokens: int | None) -> Arra
     return full - excess
 
 
-def prefill_attention(attention: Attention, new: Array, before: Array, tp: int, p: Precision, count: int) -> list[Operator]:
+def prefill_attention(
+    attention: Attention, new: Array, before: Array, tp: int, p: Precision, count: int
+) -> list[Operator]:
     """Causal attention of one prompt chunk of `new` tokens that follows `before` cached tokens.
 
     MLA runs unabsorbed: keys and values of the whole context are expanded from the latent for every chunk.
@@ -239,7 +247,9 @@ def prefill_attention(attention: Attention, new: Array, before: Array, tp: int, 
     ]  # fmt: skip
 
 
-def dense_feed_forward(model: ModelShape, ff: FeedForward, tokens: Array, tp: int, p: Precision, count: int) -> list[Operator]:
+def dense_feed_forward(
+    model: ModelShape, ff: FeedForward, tokens: Array, tp: int, p: Precision, count: int
+) -> list[Operator]:
     """A dense feed-forward block shared by tp ranks."""
     element = wire_bytes(p)
     width = ff.intermediate / tp

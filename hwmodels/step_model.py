@@ -119,12 +119,20 @@ def shared_operators(
         for layer, count in Counter(layers).items():
             if layer.feed_forward.experts:
                 found += ops.expert_feed_forward(
-                    model, layer.feed_forward, total_tokens / mapping.attention_dp, total_tokens, mapping, precision, count
+                    model,
+                    layer.feed_forward,
+                    total_tokens / mapping.attention_dp,
+                    total_tokens,
+                    mapping,
+                    precision,
+                    count,
                 )
     return found
 
 
-def decode_operators(layers: Sequence[Layer], sequences: Array, context: Array, mapping: Mapping, precision: Precision) -> list[Operator]:
+def decode_operators(
+    layers: Sequence[Layer], sequences: Array, context: Array, mapping: Mapping, precision: Precision
+) -> list[Operator]:
     """Attention of a stage over the caches of decoding sequences."""
     found: list[Operator] = []
     for attention, count in Counter(layer.attention for layer in layers).items():
@@ -132,7 +140,9 @@ def decode_operators(layers: Sequence[Layer], sequences: Array, context: Array, 
     return found
 
 
-def prefill_operators(layers: Sequence[Layer], new: Array, before: Array, mapping: Mapping, precision: Precision) -> list[Operator]:
+def prefill_operators(
+    layers: Sequence[Layer], new: Array, before: Array, mapping: Mapping, precision: Precision
+) -> list[Operator]:
     """Attention of a stage inside a prompt chunk."""
     found: list[Operator] = []
     for attention, count in Counter(layer.attention for layer in layers).items():
@@ -140,7 +150,7 @@ def prefill_operators(layers: Sequence[Layer], new: Array, before: Array, mappin
     return found
 
 
-def _grid(limit: int) -> Array:
+def token_grid(limit: int) -> Array:
     """Sizes to price: every one up to 256, then ever coarser ones, the limit included."""
     steps = [np.arange(1, 257), np.arange(256, 1025, 16), np.arange(1024, 8193, 128), np.geomspace(8192, 2**24, 177)]
     points = np.unique(np.concatenate(steps).round())
@@ -192,9 +202,9 @@ def tabulate(
             result = result + measure(op)
         return result
 
-    tokens, sequences, chunks = _grid(max_tokens), _grid(max_seqs), _grid(max_tokens)
+    tokens, sequences, chunks = token_grid(max_tokens), token_grid(max_seqs), token_grid(max_tokens)
     linear = total(linear_operators(model, layers, tokens, mapping, precision, first=first), tokens.shape)
-    everyone = _grid(max_tokens * mapping.attention_dp)
+    everyone = token_grid(max_tokens * mapping.attention_dp)
     shared = total(shared_operators(model, layers, everyone, mapping, precision), everyone.shape)
     head = total(ops.language_model_head(model, sequences, mapping.tp) if last else [], sequences.shape)
 
@@ -233,7 +243,13 @@ class StepModel:
     __slots__ = ("_run_base", "_run_slope", "engine", "evidence", "max_seqs", "max_tokens", "stages", "transfer")
 
     def __init__(
-        self, stages: Sequence[Tables], transfer: list[float], engine: Engine, max_tokens: int, max_seqs: int, source: str
+        self,
+        stages: Sequence[Tables],
+        transfer: list[float],
+        engine: Engine,
+        max_tokens: int,
+        max_seqs: int,
+        source: str,
     ) -> None:
         self.stages = tuple(stages)
         self.transfer = transfer
@@ -353,9 +369,12 @@ def compile_step_model(
     stages = tabulate_stages(model, mapping, precision, cost.time_s, **limits)
     transfer = [0.0] * (max_tokens + 1)
     if mapping.pp > 1:
-        tokens = _grid(max_tokens)
+        tokens = token_grid(max_tokens)
         wire = ops.wire_bytes(precision)
-        transfer = _dense(tokens, cost.time_s(ops.Communication("stage transfer", "point-to-point", "pp", tokens * model.hidden * wire)))
+        transfer = _dense(
+            tokens,
+            cost.time_s(ops.Communication("stage transfer", "point-to-point", "pp", tokens * model.hidden * wire)),
+        )
     return StepModel(stages, transfer, engine, max_tokens, max_seqs, cost.source)
 
 
@@ -376,7 +395,15 @@ def tabulate_stages(
         key = (frozenset(Counter(layers).items()), first, last)
         if key not in known:
             known[key] = tabulate(
-                model, layers, mapping, precision, measure, max_tokens=max_tokens, max_seqs=max_seqs, first=first, last=last
+                model,
+                layers,
+                mapping,
+                precision,
+                measure,
+                max_tokens=max_tokens,
+                max_seqs=max_seqs,
+                first=first,
+                last=last,
             )
         stages.append(known[key])
     return stages

@@ -40,7 +40,9 @@ class Steps:
 class Work:
     """FLOPs and bytes of a replica's steps. Prompt attention is counted per query-key pair, so windows count in full."""
 
-    def __init__(self, model: ModelShape, mapping: Mapping, precision: Precision, *, max_tokens: int, max_seqs: int) -> None:
+    def __init__(
+        self, model: ModelShape, mapping: Mapping, precision: Precision, *, max_tokens: int, max_seqs: int
+    ) -> None:
         self._ranks = mapping.tp
         self._groups = mapping.attention_dp
         limits = {"max_tokens": max_tokens, "max_seqs": max_seqs}

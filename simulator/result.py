@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
 
 #: Columns of the step log; one row is `steps` consecutive steps of one lane with the same set of sequences.
 #:
@@ -91,7 +93,7 @@ class Result:
 
 def latencies(
     arrival_s: ArrayLike, first_token_s: ArrayLike, finish_s: ArrayLike, output_tokens: ArrayLike
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Floats, Floats, Floats]:
     """TTFT, TPOT and E2E of each request, in seconds; NaN where something never happened.
 
     TPOT is the mean gap after the first token, (finish - first token) / (output - 1), NaN for one-token answers.
@@ -136,13 +138,13 @@ def request_frame(
     finish = np.asarray(finish_s, dtype=float)
     ttft, tpot, e2e = latencies(arrival, first, finish, output_tokens)
 
-    def ints(values: ArrayLike) -> np.ndarray:
+    def ints(values: ArrayLike) -> NDArray[np.int32]:
         return np.broadcast_to(np.asarray(values, dtype=np.int32), arrival.shape)
 
     return pd.DataFrame(
         {
             "request": np.arange(len(arrival), dtype=np.int64),
-            "slo_class": pd.Categorical.from_codes(ints(class_codes), categories=list(class_names)),
+            "slo_class": pd.Categorical.from_codes(ints(class_codes), categories=pd.Index(class_names)),
             "replica": ints(replica),
             "lane": ints(lane),
             "arrival_s": arrival,

@@ -19,8 +19,13 @@ from simulator.result import STEP_COLUMNS, Result, RunTotals, request_frame, spa
 from simulator.workload import Requests, Workload
 
 Progress = Callable[[int], None]
+Stop = Callable[[Log], bool]
 #: Scheduling decisions a replica takes between two looks at the clock when nobody else can be affected by them.
 STRIDE = 4096
+
+
+class Overrun(Exception):
+    """A run that was stopped because it had become pointless."""
 
 
 def simulate(
@@ -50,8 +55,12 @@ def run(
     *,
     record: bool = False,
     progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> Log:
-    """Serve the workload; only the log, for callers that run many times."""
+    """Serve the workload; only the log, for callers that run many times.
+
+    stop   asked now and then whether what happened so far makes the rest pointless; raises Overrun if it does
+    """
     if isinstance(workload, Requests):
         workload = Workload(workload)
     requests = workload.requests
@@ -62,13 +71,20 @@ def run(
     shares = np.array([spec.share for spec in deployment.replicas], dtype=float)
     env = simpy.Environment()
     router = deployment.router
+    log.arrival_s = requests.arrival_s
+
+    def look(events: int) -> None:
+        if progress is not None:
+            progress(events)
+        if stop is not None and stop(log):
+            raise Overrun
+
     if workload.concurrency is None and (router.assign is not None or len(replicas) == 1):
         assigned = router.assign(len(requests), shares, rng) if router.assign else np.zeros(len(requests), dtype=int)
         for index, replica in enumerate(replicas):
             mine = np.flatnonzero(assigned == index)
-            env.process(_alone(env, replica, requests.arrival_s[mine].tolist(), mine.tolist(), progress))
+            env.process(_alone(env, replica, requests.arrival_s[mine].tolist(), mine.tolist(), look))
         env.run()
-        log.arrival_s = requests.arrival_s
         return log
     if router.assign is not None:
         fixed = iter(router.assign(len(requests), shares, rng).tolist())
@@ -77,7 +93,7 @@ def run(
         choose = router.choose
         assert choose is not None
         route = lambda: choose(replicas, shares, rng)  # noqa: E731
-    together = _Together(env, replicas, route, workload, log, progress)
+    together = _Together(env, replicas, route, workload, log, look)
     together.start()
     env.run()
     log.arrival_s = np.array(together.arrival_s)
@@ -89,7 +105,7 @@ def _alone(
     replica: AnyReplica,
     arrivals_s: Sequence[float],
     requests: Sequence[int],
-    progress: Progress | None,
+    look: Progress,
 ) -> Generator[simpy.Event, None, None]:
     """Serve requests whose arrivals are all known and that nobody else can affect; look at the clock every STRIDE events."""
     enqueue, plan, commit = replica.enqueue, replica.plan, replica.commit
@@ -114,12 +130,10 @@ def _alone(
         events += 1
         if events == STRIDE:
             yield env.timeout(max(0.0, replica.now - env.now))
-            if progress is not None:
-                progress(events)
+            look(events)
             events = 0
     yield env.timeout(max(0.0, replica.now - env.now))
-    if progress is not None:
-        progress(events)
+    look(events)
 
 
 class _Together:
@@ -132,13 +146,13 @@ class _Together:
         route: Callable[[], int],
         workload: Workload,
         log: Log,
-        progress: Progress | None,
+        look: Progress,
     ) -> None:
         self.env = env
         self.replicas = replicas
         self.route = route
         self.log = log
-        self.progress = progress
+        self.look = look
         self.closed = workload.concurrency is not None
         self.think_s = workload.think_s
         self.arrival_s = workload.requests.arrival_s.tolist()
@@ -206,8 +220,8 @@ class _Together:
         for request in replica.commit():
             if self.closed:
                 self._next_client(self.log.finish_s[request])
-        if self.progress is not None and self.log.events % STRIDE == 0:
-            self.progress(STRIDE)
+        if self.log.events % STRIDE == 0:
+            self.look(STRIDE)
         self._plan_at(index, replica.now)
 
 

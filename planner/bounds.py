@@ -1,0 +1,230 @@
+"""Bounds no simulation can beat: work that has to be done, for all plans in one numpy pass.
+
+A replica that serves n requests spends at least the time of the steps they need. Let X be their tokens, D their
+decode tokens, K the cached tokens their decode steps attend to. For one scheduler and one pipeline stage
+
+    busy >= N h(X/N) + zeta K + delta N + kappa sum p^2/2 + eta (D + n),     N = max(N_min, X/T*)
+
+with h the lower convex hull of the stage's time over the tokens of a step (so that sum h(T_i) >= N h(X/N) by Jensen),
+T* its best tokens per step, zeta, delta, kappa, eta the least time per cached token, decode step, query-key pair and
+sampled token, and N_min the fewest decode steps: no step holds more than max_seqs sequences, nor more tokens than the KV
+pool, nor, on average over the tokens of requests that meet a TPOT limit s, more sequences than the line below the decode
+step time reaches at s (if sum w_i t_i <= s sum w_i and t_i >= a + b w_i, then sum w_i^2 <= (s - a)/b sum w_i, and
+N >= (sum w)^2 / sum w^2 by Cauchy and Schwarz). Attention groups in lockstep share the work: their mean is below their
+maximum, so the formula holds with X, D and K divided by the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmodels.step_model import Pieces, StepModel, Tables, token_grid
+from simulator.metrics import Limit
+from simulator.workload import Requests
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a set of requests needs of any plan.
+
+    requests, tokens, decode_tokens, context_tokens   n, X, D and K of the module's formula
+    pairs   sum of p^2/2 over prompts of p tokens
+    """
+
+    requests: int
+    tokens: float
+    decode_tokens: float
+    context_tokens: float
+    pairs: float
+
+
+def demand(requests: Requests) -> Demand:
+    """The demand of the requests."""
+    p = requests.prompt_tokens.astype(float)
+    d = requests.output_tokens.astype(float) - 1.0
+    return Demand(
+        len(p), float((p + d).sum()), float(d.sum()), float((p * d + d * (d + 1) / 2).sum()), float((p * p / 2).sum())
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StageBound:
+    """Coefficients of one pipeline stage; see the module.
+
+    hull       h at 0, 1, 2 ... tokens
+    best       T* for every token budget: the tokens per step with the least h per token
+    decode     least time of a decode step of 0, 1, 2 ... sequences, convex
+    """
+
+    hull: Array
+    best: NDArray[np.int64]
+    decode: Array
+    zeta: float
+    delta: float
+    kappa: Array
+    eta: float
+
+
+def lower_hull(values: Array, points: Sequence[int]) -> Array:
+    """The largest convex sequence below values[1:], which is linear between `points`; values[0] continues the first slope.
+
+    >>> lower_hull(np.array([0.0, 3.0, 5.0, 5.0, 9.0]), [1, 2, 3, 4]).tolist()
+    [2.0, 3.0, 4.0, 5.0, 9.0]
+    """
+    stack: list[int] = []
+    for x in points:
+        while len(stack) >= 2:
+            a, b = stack[-2], stack[-1]
+            if (values[b] - values[a]) * (x - b) < (values[x] - values[b]) * (b - a):
+                break
+            stack.pop()
+        stack.append(x)
+    hull: Array = np.interp(np.arange(len(values)), stack, values[stack])
+    if len(hull) > 2:
+        hull[0] = max(0.0, 2 * hull[1] - hull[2])
+    return hull
+
+
+def _least_per(pieces: Pieces, rows: int, reach: float, lowest: float) -> tuple[Array, Array]:
+    """Slope below every piece and what is left of the value when it is taken off, by row."""
+    base, slope = np.array(pieces.base)[:, 1 : rows + 1], np.array(pieces.slope)[:, 1 : rows + 1]
+    ends = np.array([lowest, *pieces.knots, reach])
+    least = slope.min(axis=0)
+    left = np.minimum(base + (slope - least) * ends[:-1, None], base + (slope - least) * ends[1:, None]).min(axis=0)
+    return least, left
+
+
+def stage_bound(tables: Tables, model: StepModel, groups: int, reach: float, *, overhead: bool) -> StageBound:
+    """Coefficients of one stage."""
+    tokens = np.arange(model.max_tokens + 1)
+    fixed = model.engine.step_overhead_s if overhead else 0.0
+    per_sequence = model.engine.sequence_overhead_s if overhead else 0.0
+    total = fixed + np.array(tables.linear) + np.array(tables.shared)[tokens * groups]
+    hull = lower_hull(total, token_grid(model.max_tokens).astype(int).tolist())
+    per_token = hull[1:] / tokens[1:]
+    rank = np.minimum.accumulate(per_token)
+    best = np.maximum.accumulate(np.where(per_token <= rank, tokens[1:], 1))
+    best = np.concatenate([[1], best])
+
+    rows = model.max_seqs
+    slope, left = _least_per(tables.decode, rows, reach, 1.0)
+    counts = np.arange(1, rows + 1)
+    zeta = float((slope / counts).min())
+    # slope is per unit of mean context: n sequences of mean context c attend to n c tokens
+    residual = left + (slope - zeta * counts)  # at the shortest mean context, 1
+    delta = max(0.0, float(residual.min()))
+    head = np.array(tables.head)[1:]
+    eta = float((head / np.arange(1, len(head) + 1)).min()) + per_sequence
+    decode = total[: rows + 1].copy() if rows < len(total) else np.interp(np.arange(rows + 1), tokens, total)
+    decode[1:] += left + slope + np.array(tables.head)[1 : rows + 1] + per_sequence * counts
+    prefill_slope, prefill_left = _least_per(tables.prefill, model.max_tokens, reach, 0.0)
+    news = np.arange(1, model.max_tokens + 1)
+    kappa = np.minimum(prefill_slope / news, np.maximum(prefill_left, 0) / (news * (news + 1) / 2))
+    kappa = np.concatenate([[0.0], np.minimum.accumulate(kappa)])
+    return StageBound(hull, best, lower_hull(decode, token_grid(rows).astype(int).tolist()), zeta, delta, kappa, eta)
+
+
+class Screen:
+    """Bounds of plans, vectorised over the plans that share a step model."""
+
+    def __init__(self, requests: Requests, limits: Sequence[Limit]) -> None:
+        self.demand = demand(requests)
+        self.limits = tuple(limits)
+        self._reach = float((requests.prompt_tokens + requests.output_tokens).max())
+        prompts = np.sort(requests.prompt_tokens)
+        decodes = np.sort(requests.output_tokens - 1)
+        self._prompt_at = {limit: _order_statistic(prompts, limit) for limit in self.limits}
+        self._decodes_at = {limit: _order_statistic(decodes, limit) for limit in self.limits}
+        self._strict = {limit: _strict_tokens(decodes, limit) for limit in self.limits}
+        self._stages: dict[tuple[int, int], tuple[list[StageBound], Array]] = {}
+
+    def _bounds(self, model: StepModel, groups: int) -> tuple[list[StageBound], Array]:
+        """Coefficients of every distinct stage, and the least time of a decode step through all stages by sequences."""
+        key = (id(model), groups)
+        if key not in self._stages:
+            known: dict[int, StageBound] = {}
+            through = np.zeros(model.max_seqs + 1)
+            for stage, tables in enumerate(model.stages):
+                mark = id(tables) if stage else 0
+                if mark not in known:
+                    known[mark] = stage_bound(tables, model, groups, self._reach, overhead=stage == 0)
+                through = through + known[mark].decode
+            self._stages[key] = list(known.values()), through
+        return self._stages[key]
+
+    def work_s(self, model: StepModel, groups: int, max_seqs: Array, budgets: NDArray[np.int64], kv_tokens: Array) -> Array:
+        """Least busy seconds of one replica that serves the whole demand, one value per plan (the module's formula).
+
+        max_seqs, budgets, kv_tokens   of each plan's schedulers
+        """
+        need = self.demand
+        stages, through = self._bounds(model, groups)
+        tokens, decodes, context = need.tokens / groups, need.decode_tokens / groups, need.context_tokens / groups
+        fewest = np.maximum(decodes / max_seqs, context / kv_tokens)
+        for limit in self.limits:
+            if self._strict[limit]:
+                fewest = np.maximum(fewest, self._strict[limit] / groups / _most_sequences(through, limit.seconds))
+        result = np.zeros(len(budgets))
+        for bound in stages:
+            steps = np.maximum(fewest, tokens / bound.best[budgets])
+            busy = steps * _between(bound.hull, tokens / steps) + bound.zeta * context + bound.delta * fewest
+            busy += bound.kappa[budgets] * need.pairs / groups + bound.eta * (decodes + need.requests / groups)
+            result = np.maximum(result, busy)
+        return result
+
+    def latency_s(self, model: StepModel, groups: int, budgets: NDArray[np.int64]) -> dict[Limit, Array]:
+        """The least value each limit's statistic can take, one per plan: every request finds an empty machine."""
+        stages, through = self._bounds(model, groups)
+        count = len(model.stages)
+        found: dict[Limit, Array] = {}
+        for limit in self.limits:
+            prompt, decodes = self._prompt_at[limit], self._decodes_at[limit]
+            chunks = np.maximum(1.0, prompt / budgets)
+            bound = stages[-1] if count > 2 else stages[0]
+            first = chunks * _between(bound.hull, prompt / chunks) + bound.kappa[budgets] * prompt * prompt / 2
+            if limit.metric == "ttft":
+                found[limit] = first
+            elif limit.metric == "e2e":
+                found[limit] = np.maximum(first, decodes * through[1])
+            else:
+                found[limit] = np.full(len(budgets), through[1])
+        return found
+
+
+def _between(values: Array, at: Array) -> Array:
+    """values at real positions, linear between."""
+    low = np.minimum(at.astype(int), len(values) - 2)
+    between: Array = values[low] + (at - low) * (values[low + 1] - values[low])
+    return between
+
+
+def _order_statistic(ascending: NDArray[np.int64], limit: Limit) -> float:
+    """The value at the limit's quantile, rounded down to an element; for a limit on the mean, the mean."""
+    if limit.quantile is None:
+        return float(ascending.mean())
+    return float(ascending[int(np.floor(limit.quantile * (len(ascending) - 1)))])
+
+
+def _strict_tokens(decodes: NDArray[np.int64], limit: Limit) -> float:
+    """Decode tokens that must keep a TPOT or ITL limit even if those left out are as many as its quantile allows."""
+    if limit.quantile is None or limit.metric not in ("tpot", "itl"):
+        return 0.0
+    if limit.metric == "itl":
+        return float(np.floor(limit.quantile * (decodes.sum() - 1)))
+    several = decodes[decodes > 0]
+    return float(several[: int(np.floor(limit.quantile * (len(several) - 1)))].sum()) if len(several) else 0.0
+
+
+def _most_sequences(decode: Array, seconds: float) -> float:
+    """Where the supporting line of the convex decode step time reaches `seconds`, in sequences; at least 1."""
+    inside = min(int(np.searchsorted(decode[1:], seconds, side="right")), len(decode) - 2)
+    if inside < 1:
+        return 1.0
+    slope = decode[inside + 1] - decode[inside]
+    return float(max(1.0, inside + (seconds - decode[inside]) / slope)) if slope > 0 else float("inf")

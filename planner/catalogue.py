@@ -1,0 +1,187 @@
+"""From a plan to something that can be simulated: step models, KV blocks and devices, compiled once and kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hwmodels.engine import Engine, load_engine
+from hwmodels.errors import MappingError
+from hwmodels.hardware import Cluster, load_cluster
+from hwmodels.huggingface import load_model
+from hwmodels.mapping import DTYPE_BYTES, Mapping, Precision
+from hwmodels.memory import Memory, plan_memory, require_fit
+from hwmodels.roofline import AnalyticCost
+from hwmodels.shape import ModelShape
+from hwmodels.step_model import StepModel, compile_step_model
+from hwmodels.work import Work
+from planner.plan import Plan, Pool
+from simulator.deployment import Deployment, ReplicaSpec
+from simulator.routers import ROUTERS
+from simulator.scheduler import SchedulerConfig
+
+
+def mapping_of(pool: Pool) -> Mapping:
+    """How one replica of the pool is cut."""
+    return Mapping(pool.tp, pool.pp, pool.attention_dp, pool.ep, pool.expert_tp, pool.stages)
+
+
+def precision_of(pool: Pool) -> Precision:
+    """The number formats of the pool."""
+    return Precision(pool.weights, pool.activations, pool.kv)
+
+
+def scheduler_of(pool: Pool) -> SchedulerConfig:
+    """How the pool's engines form batches."""
+    return SchedulerConfig(pool.policy, pool.max_seqs, pool.token_budget, pool.block_tokens, pool.max_context_tokens)
+
+
+def law_broken(model: ModelShape, mapping: Mapping) -> str | None:
+    """The law of the model that the degrees break, in a few words; None if they are legal.
+
+    Heads and experts are divided evenly; KV heads are divided or copied evenly; ep * expert_tp covers the ranks that
+    hold a stage's experts; attention groups exist only where experts bring them together again.
+    """
+    attentions = {layer.attention for layer in model.layers}
+    blocks = {layer.feed_forward for layer in model.layers}
+    if any(a.heads % mapping.tp for a in attentions):
+        return "tp divides the attention heads"
+    if any(a.latent is None and a.kv_heads % mapping.tp and mapping.tp % a.kv_heads for a in attentions):
+        return "tp divides the KV heads or is a multiple of them"
+    if any(not ff.experts and ff.intermediate % mapping.tp for ff in blocks):
+        return "tp divides the feed-forward width"
+    if mapping.pp > len(model.layers):
+        return "every stage has a layer"
+    if mapping.attention_dp > 1 and not model.is_moe:
+        return "attention_dp needs experts"
+    if mapping.attention_dp > 1 and mapping.pp > 1:
+        return "attention_dp runs without pipeline stages"
+    if not model.is_moe:
+        return None if mapping.ep == mapping.expert_tp == 1 else "ep needs experts"
+    if mapping.ep * mapping.expert_tp != mapping.tp * mapping.attention_dp:
+        return "ep x expert_tp = tp x attention_dp"
+    experts = [ff for ff in blocks if ff.experts]
+    if any(ff.experts % mapping.ep for ff in experts):
+        return "ep divides the experts"
+    if any(ff.intermediate % mapping.expert_tp for ff in experts):
+        return "expert_tp divides the expert width"
+    return None
+
+
+@dataclass(slots=True)
+class Catalogue:
+    """Compiled parts of plans for one model on one cluster under one engine.
+
+    max_tokens, max_seqs   largest step the step models are tabulated for; they grow when a plan asks for more
+    """
+
+    model: ModelShape
+    cluster: Cluster
+    engine: Engine
+    max_tokens: int = 8192
+    max_seqs: int = 1024
+    _models: dict[tuple[Mapping, Precision], StepModel] = field(default_factory=dict)
+    _works: dict[tuple[Mapping, Precision], Work] = field(default_factory=dict)
+
+    def reserve(self, max_tokens: int, max_seqs: int) -> None:
+        """Let step models cover steps of this size; those compiled for smaller ones are dropped."""
+        if max_tokens > self.max_tokens or max_seqs > self.max_seqs:
+            self.max_tokens = max(self.max_tokens, max_tokens)
+            self.max_seqs = max(self.max_seqs, max_seqs)
+            self._models.clear()
+            self._works.clear()
+
+    def step_model(self, mapping: Mapping, precision: Precision) -> StepModel:
+        """The step model of a replica; raises MappingError where the degrees or formats are not possible."""
+        key = (mapping, precision)
+        if key not in self._models:
+            self.check(mapping, precision)
+            cost = AnalyticCost(self.cluster, mapping)
+            self._models[key] = compile_step_model(
+                self.model, mapping, precision, self.engine, cost, max_tokens=self.max_tokens, max_seqs=self.max_seqs
+            )
+        return self._models[key]
+
+    def work(self, mapping: Mapping, precision: Precision) -> Work:
+        """FLOPs and bytes of a replica's steps."""
+        key = (mapping, precision)
+        if key not in self._works:
+            self._works[key] = Work(self.model, mapping, precision, max_tokens=self.max_tokens, max_seqs=self.max_seqs)
+        return self._works[key]
+
+    def check(self, mapping: Mapping, precision: Precision) -> None:
+        """Raise MappingError for degrees or number formats that are not possible."""
+        degrees = {"tp": mapping.tp, "pp": mapping.pp, "attention_dp": mapping.attention_dp, "ep": mapping.ep}
+        for name, degree in {**degrees, "expert_tp": mapping.expert_tp}.items():
+            if degree < 1:
+                raise MappingError(f"{name}={degree}: expected a degree of at least 1")
+        law = law_broken(self.model, mapping)
+        if law is not None:
+            told = " ".join(f"{name}={degree}" for name, degree in degrees.items())
+            raise MappingError(f"{told} expert_tp={mapping.expert_tp}: breaks the law that {law} of {self.model.name}")
+        problem = format_problem(self.cluster, precision)
+        if problem is not None:
+            raise MappingError(problem)
+
+    def memory(self, pool: Pool) -> Memory:
+        """Memory of the pool's fullest rank."""
+        return plan_memory(
+            self.model,
+            mapping_of(pool),
+            precision_of(pool),
+            self.cluster.device,
+            self.engine,
+            token_budget=pool.token_budget,
+            max_seqs=pool.max_seqs,
+            block_tokens=pool.block_tokens,
+        )
+
+    def replica(self, pool: Pool, *, share: float = 1.0, with_work: bool = False) -> ReplicaSpec:
+        """One replica of the pool, ready to simulate.
+
+        Raises MappingError, SchedulerError, or OutOfMemoryError when no request at all would fit.
+        """
+        mapping, precision, scheduler = mapping_of(pool), precision_of(pool), scheduler_of(pool)
+        self.check(mapping, precision)
+        self.reserve(pool.token_budget, pool.max_seqs)
+        memory = self.memory(pool)
+        require_fit(memory, self.model, mapping, self.cluster.device, pool.block_tokens, pool.block_tokens)
+        return ReplicaSpec(
+            model=self.step_model(mapping, precision),
+            mapping=mapping,
+            scheduler=scheduler,
+            kv_blocks=memory.kv_blocks,
+            device=self.cluster.device,
+            share=share,
+            work=self.work(mapping, precision) if with_work else None,
+            arithmetic_dtype=precision.activations,
+        )
+
+    def deployment(self, plan: Plan, *, shares: tuple[float, ...] | None = None, with_work: bool = False) -> Deployment:
+        """All replicas of the plan behind its router.
+
+        shares   relative request rate of a replica of each pool; by default its number of devices
+        """
+        specs = []
+        for position, pool in enumerate(plan.pools):
+            share = shares[position] if shares is not None else float(pool.gpus_per_replica)
+            specs += [self.replica(pool, share=share, with_work=with_work)] * pool.replicas
+        return Deployment(specs, ROUTERS[plan.router], idle_gpus=plan.gpus - plan.gpus_used)
+
+
+def format_problem(cluster: Cluster, precision: Precision) -> str | None:
+    """Why the device cannot work in these formats; None if it can."""
+    device = cluster.device
+    for name in (precision.weights, precision.activations, precision.kv):
+        if name not in DTYPE_BYTES:
+            return f"number format {name!r}: expected one of {', '.join(DTYPE_BYTES)}"
+    if precision.activations not in device.peak_flops_per_s:
+        known = ", ".join(device.peak_flops_per_s)
+        return f"activations in {precision.activations}: {device.name} multiplies in {known} only; choose one of these"
+    if DTYPE_BYTES[precision.weights] > DTYPE_BYTES[precision.activations]:
+        return f"weights in {precision.weights} under activations in {precision.activations}: expected weights no wider"
+    return None
+
+
+def open_catalogue(model: str, hardware: str, gpus: int, engine: str) -> Catalogue:
+    """The catalogue of a model on `gpus` devices; raises ProfileError for unknown names."""
+    return Catalogue(load_model(model), load_cluster(hardware, gpus), load_engine(engine))

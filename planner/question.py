@@ -1,0 +1,71 @@
+"""What somebody asks: a model, devices, traffic, limits and what to be best at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Literal, get_args
+
+from planner.errors import PlanError
+from planner.space import Choices
+from simulator.metrics import Limit
+from simulator.routers import ROUTERS
+from simulator.workload import Requests
+
+Objective = Literal["goodput-per-gpu", "fewest-gpus", "cost", "energy", "latency"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Which plan serves this model on these devices under this traffic within these limits?
+
+    model, hardware, engine   names of shipped profiles or paths
+    gpus          devices at hand
+    requests      the traffic; its arrival times are stretched to rate_per_s
+    rate_per_s    requests per second that must be served; None for the traffic's own rate
+    limits        what every class of requests is promised (TTFT, TPOT, E2E)
+    objective     goodput-per-gpu: the highest rate within the limits, by device; fewest-gpus, cost (USD per million
+                  output tokens), energy (joules per output token) and latency (mean end-to-end time) at rate_per_s
+    choices       what may be varied beside the degrees
+    router        how requests are spread over replicas
+    seconds       wall-clock time after which no further plan is simulated
+    tolerance     relative width of a capacity's bisection
+    """
+
+    model: str
+    hardware: str
+    gpus: int
+    requests: Requests
+    rate_per_s: float | None = None
+    limits: tuple[Limit, ...] = ()
+    objective: Objective = "goodput-per-gpu"
+    engine: str = "vllm"
+    choices: Choices = field(default_factory=Choices)
+    router: Literal["round-robin", "random", "least-tokens", "power-of-two"] = "round-robin"
+    seed: int = 0
+    seconds: float = 12.0
+    tolerance: float = 0.02
+    keep: int = 10
+
+    def __post_init__(self) -> None:
+        """Raise PlanError for a question that cannot be meant."""
+        if self.objective not in get_args(Objective):
+            raise PlanError(f"objective {self.objective!r}: expected one of {', '.join(get_args(Objective))}")
+        if self.router not in ROUTERS:
+            raise PlanError(f"router {self.router!r}: expected one of {', '.join(ROUTERS)}")
+        if self.rate_per_s is not None and not (isfinite(self.rate_per_s) and self.rate_per_s > 0):
+            raise PlanError(f"rate {self.rate_per_s}: expected a finite number of requests per second above 0")
+        if not (isfinite(self.seconds) and self.seconds > 0):
+            raise PlanError(f"seconds {self.seconds}: expected a finite time above 0")
+        if not 0 < self.tolerance < 1:
+            raise PlanError(f"tolerance {self.tolerance}: expected a fraction between 0 and 1")
+        if self.objective == "goodput-per-gpu" and not self.limits:
+            raise PlanError("objective goodput-per-gpu: expected at least one limit (--ttft, --tpot or --e2e) to be good at")
+        for limit in self.limits:
+            if limit.metric == "itl":
+                raise PlanError("limit on itl: a search is limited by ttft, tpot and e2e; see itl with 'shardwise simulate'")
+
+    @property
+    def demanded_per_s(self) -> float:
+        """The rate that must be served."""
+        return self.rate_per_s if self.rate_per_s is not None else self.requests.rate_per_s

@@ -1,0 +1,339 @@
+"""Search that proves what it prunes: the simulator is spent best bound first until no bound beats the best plan found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf, isfinite
+
+from planner.catalogue import Catalogue, open_catalogue
+from planner.errors import NoFeasiblePlanError
+from planner.mix import Kind, best_mix
+from planner.plan import Plan
+from planner.question import Question
+from planner.shortlist import Candidate, Shortlist, shortlist
+from planner.trial import Trial, attempt, capacity
+from simulator.metrics import Limit
+
+#: Called with what is going on and the share of the time that has passed, in [0, 1].
+Progress = Callable[[str, float], None]
+
+UNITS = {
+    "goodput-per-gpu": "requests/s per GPU within the limits",
+    "fewest-gpus": "GPUs",
+    "cost": "USD per million output tokens",
+    "energy": "J per output token",
+    "latency": "s mean end-to-end",
+}
+#: Ways of cutting whose best bound is below this share of the best plan found are not looked at for the ranking.
+INTERESTING = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A simulated plan that keeps the limits.
+
+    value       the objective in its own unit; score the same with higher better; bound what no simulation can exceed
+    trial       the simulation at the demanded rate, or at the capacity where no rate was demanded
+    capacity_per_s   highest simulated rate within the limits, None where the objective does not ask for it
+    tie         whether it cannot be told from the best within the tolerance
+    """
+
+    plan: Plan
+    value: float
+    score: float
+    bound: float
+    trial: Trial
+    capacity_per_s: float | None = None
+    tie: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A simulated operating point: throughput of the devices against speed for the user."""
+
+    plan: Plan
+    rate_per_s: float
+    tokens_per_s_per_gpu: float
+    tokens_per_s_per_user: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The answer.
+
+    ranked        simulated plans within the limits, best first
+    considered    plans looked at, illegal ones included; pruned: how many each law or bound took out
+    simulated     plans simulated, in `trials` simulations
+    untried       plans whose bound leaves room above the best, but that there was no time for
+    gap           by how much, as a fraction of the best, any of these can still be better
+    points        operating points seen on the way that no other one beats in both throughput and speed
+    """
+
+    question: Question
+    ranked: tuple[Ranked, ...]
+    considered: int
+    pruned: dict[str, int]
+    simulated: int
+    trials: int
+    untried: int
+    gap: float
+    points: tuple[Point, ...]
+    evidence: dict[str, float]
+    wall_s: float
+
+    @property
+    def best(self) -> Ranked:
+        """The plan to run."""
+        return self.ranked[0]
+
+    @property
+    def unit(self) -> str:
+        """Of every value."""
+        return UNITS[self.question.objective]
+
+
+def search(question: Question, progress: Progress | None = None) -> SearchResult:
+    """The best plan for the question, with what is known about the rest.
+
+    Raises ProfileError for unknown names and NoFeasiblePlanError when no plan fits or none keeps the limits.
+    """
+    return Search(question, progress or (lambda _what, _share: None)).result()
+
+
+class Search:
+    """One search; `result` runs it."""
+
+    def __init__(self, question: Question, progress: Progress) -> None:
+        self.started = time.perf_counter()
+        self.question = question
+        self.progress = progress
+        progress("enumerating and screening plans", 0.0)
+        self.catalogue: Catalogue = open_catalogue(question.model, question.hardware, question.gpus, question.engine)
+        self.list: Shortlist = shortlist(question, self.catalogue)
+        self.ranked: list[Ranked] = []
+        self.tried: set[Plan] = set()
+        self.trials: list[tuple[Plan, Trial]] = []
+        self.closest: dict[Limit, float] = dict.fromkeys(question.limits, inf)
+
+    @property
+    def best_score(self) -> float:
+        """Of the best plan found; -inf before any."""
+        return max((ranked.score for ranked in self.ranked), default=-inf)
+
+    def late(self, share: float = 1.0) -> bool:
+        """Whether that share of the time is over."""
+        passed = (time.perf_counter() - self.started) / self.question.seconds
+        self.progress(f"simulating plans ({len(self.tried)} of {len(self.list.candidates)})", min(passed, 1.0))
+        return passed >= share
+
+    def beats(self, bound: float) -> bool:
+        """Whether a bound leaves room above the best plan found, beyond the tolerance."""
+        best = self.best_score
+        return best == -inf or bound > best + self.question.tolerance * abs(best)
+
+    def result(self) -> SearchResult:
+        """Search until no bound beats the best, or the time is over."""
+        question, candidates = self.question, self.list.candidates
+        self._survey(candidates)
+        for candidate in candidates:
+            if not self.beats(candidate.bound):
+                break
+            if candidate.plan in self.tried:
+                continue
+            if self.ranked and self.late():
+                break
+            self._try(candidate, beat=True)
+        self._mix()
+        if not self.ranked:
+            raise self._nothing_kept()
+        left = [c.bound for c in candidates if c.plan not in self.tried and self.beats(c.bound)]
+        best = self.best_score
+        pruned = dict(self.list.pruned)
+        beaten = sum(1 for c in candidates if c.plan not in self.tried and not self.beats(c.bound))
+        if beaten:
+            pruned["its bound beats the best plan found"] = beaten
+        self.progress("done", 1.0)
+        return SearchResult(
+            question=question,
+            ranked=tuple(self._ranking()),
+            considered=self.list.considered,
+            pruned=pruned,
+            simulated=len(self.tried),
+            trials=len(self.trials),
+            untried=len(left),
+            gap=(max(left) - best) / abs(best) if left and best else 0.0,
+            points=tuple(self._front()),
+            evidence=self._evidence(),
+            wall_s=time.perf_counter() - self.started,
+        )
+
+    def _survey(self, candidates: list[Candidate]) -> None:
+        """Simulate the most promising plan of every way to cut the model, for a ranking worth the name."""
+        seen = set()
+        for candidate in candidates:
+            key = (candidate.kind, candidate.plan.gpus_used if self.question.objective != "goodput-per-gpu" else 0)
+            if key in seen:
+                continue
+            seen.add(key)
+            best = self.best_score
+            if self.ranked and self.question.objective == "goodput-per-gpu" and candidate.bound < INTERESTING * best:
+                break
+            if self.ranked and (self.late(0.6) or (self.question.objective == "fewest-gpus" and candidate.bound < best)):
+                break
+            self._try(candidate, beat=False)
+
+    def _try(self, candidate: Candidate, *, beat: bool) -> None:
+        """Simulate a plan and keep it if it is within the limits.
+
+        beat   look at it only at the rate that would make it the best so far
+        """
+        self.tried.add(candidate.plan)
+        found = self.evaluate(candidate, self.best_score if beat and self.ranked else None)
+        if found is not None:
+            self.ranked.append(found)
+
+    def evaluate(self, candidate: Candidate, beat: float | None) -> Ranked | None:
+        """Simulate a plan; None if it breaks a limit, or does not reach the score to beat."""
+        question, plan = self.question, candidate.plan
+        deployment = self.catalogue.deployment(plan, with_work=question.objective == "energy")
+        if question.objective == "goodput-per-gpu":
+            trial, trials = capacity(
+                deployment,
+                question.requests,
+                question.limits,
+                question.seed,
+                at_most_per_s=candidate.rate_bound_per_s * 1.02,
+                at_least_per_s=0.0 if beat is None else beat * plan.gpus_used * (1 + question.tolerance),
+                tolerance=question.tolerance,
+            )
+            self._note(plan, trials)
+            if trial is None or (question.rate_per_s is not None and trial.rate_per_s < question.rate_per_s):
+                return None
+            value = trial.goodput_per_s / plan.gpus_used
+            return Ranked(plan, value, value, candidate.bound, trial, trial.goodput_per_s)
+        energy = question.objective == "energy"
+        trial = attempt(deployment, question.requests, question.demanded_per_s, question.limits, question.seed, energy=energy)
+        self._note(plan, [trial])
+        if not trial.meets:
+            return None
+        value = self._value(plan, trial)
+        return Ranked(plan, value, -value, candidate.bound, trial)
+
+    def _value(self, plan: Plan, trial: Trial) -> float:
+        """The objective of a plan simulated at the demanded rate, in its own unit."""
+        objective = self.question.objective
+        if objective == "fewest-gpus":
+            return float(plan.gpus_used)
+        if objective == "cost":
+            price = self.catalogue.cluster.device.price_usd_per_h or 0.0
+            return price * plan.gpus_used / 3600 / trial.output_tokens_per_s * 1e6
+        return trial.mean_e2e_s if objective == "latency" else trial.joules_per_token
+
+    def _note(self, plan: Plan, trials: list[Trial]) -> None:
+        """Remember operating points and how near the limits were."""
+        self.trials += [(plan, trial) for trial in trials]
+        for trial in trials:
+            for limit, value in zip(self.question.limits, trial.values_s, strict=True):
+                if isfinite(value):
+                    self.closest[limit] = min(self.closest[limit], value)
+
+    def _mix(self) -> None:
+        """Fill the cluster with replicas of different plans where that serves more, and simulate the mixture."""
+        question = self.question
+        measured = [r for r in self.ranked if r.capacity_per_s is not None and len(r.plan.pools) == 1]
+        if question.objective != "goodput-per-gpu" or len(measured) < 2:
+            return
+        by_size: dict[int, Ranked] = {}
+        for ranked in sorted(measured, key=lambda r: -r.score):
+            by_size.setdefault(ranked.plan.pools[0].gpus_per_replica, ranked)
+        best = max(measured, key=lambda r: r.score)
+        alone = best.capacity_per_s or 0.0
+        kinds = [
+            Kind(str(size), size, (r.capacity_per_s or 0.0) / r.plan.pools[0].replicas) for size, r in by_size.items()
+        ]
+        mix = best_mix(kinds, self.catalogue.cluster.gpus, goal="capacity")
+        used = [(count, r, kind) for count, r, kind in zip(mix.counts, by_size.values(), kinds, strict=True) if count]
+        if len(used) < 2 or mix.capacity_per_s <= alone * (1 + question.tolerance) or not self._packs(used):
+            return
+        pools = tuple(replace(r.plan.pools[0], replicas=count) for count, r, _ in used)
+        plan = replace(best.plan, pools=pools)
+        shares = tuple(kind.capacity_per_s for _, _, kind in used)
+        deployment = self.catalogue.deployment(plan, shares=shares)
+        trial, trials = capacity(
+            deployment, question.requests, question.limits, question.seed, at_most_per_s=mix.capacity_per_s * 1.2, tolerance=question.tolerance
+        )
+        self.tried.add(plan)
+        self._note(plan, trials)
+        if trial is not None:
+            value = trial.goodput_per_s / plan.gpus_used
+            self.ranked.append(Ranked(plan, value, value, inf, trial, trial.goodput_per_s))
+
+    def _packs(self, used: list[tuple[int, Ranked, Kind]]) -> bool:
+        """Whether replicas of these sizes fit into the nodes, largest first."""
+        cluster = self.catalogue.cluster
+        node = cluster.gpus_per_node
+        room = [node] * (cluster.gpus // node) + ([cluster.gpus % node] if cluster.gpus % node else [])
+        for count, _, kind in sorted(used, key=lambda entry: -entry[2].gpus):
+            for _ in range(count):
+                if kind.gpus > node:
+                    whole = [i for i, free in enumerate(room) if free == node][: kind.gpus // node]
+                    if len(whole) * node < kind.gpus:
+                        return False
+                    for i in whole:
+                        room[i] = 0
+                    continue
+                place = next((i for i, free in enumerate(room) if free >= kind.gpus), None)
+                if place is None:
+                    return False
+                room[place] -= kind.gpus
+        return True
+
+    def _ranking(self) -> list[Ranked]:
+        """The best plans, each simulated at the demanded rate, with ties marked."""
+        question = self.question
+        order = sorted(self.ranked, key=lambda r: (-r.score, r.plan.gpus_used, r.trial.mean_e2e_s))[: question.keep]
+        best = order[0].score
+        final = []
+        for ranked in order:
+            trial = ranked.trial
+            if question.objective == "goodput-per-gpu" and question.rate_per_s is not None:
+                trial = attempt(
+                    self.catalogue.deployment(ranked.plan), question.requests, question.rate_per_s, question.limits, question.seed
+                )
+            tie = ranked is not order[0] and ranked.score >= best - question.tolerance * abs(best)
+            final.append(replace(ranked, trial=trial, tie=tie))
+        return final
+
+    def _front(self) -> list[Point]:
+        """Operating points within the limits that no other beats in both throughput per device and speed per user."""
+        points = [
+            Point(plan, t.rate_per_s, t.output_tokens_per_s / plan.gpus_used, 1 / t.mean_tpot_s)
+            for plan, t in self.trials
+            if t.meets and t.mean_tpot_s > 0
+        ]
+        points.sort(key=lambda p: (-p.tokens_per_s_per_gpu, -p.tokens_per_s_per_user))
+        front: list[Point] = []
+        for point in points:
+            if not front or point.tokens_per_s_per_user > front[-1].tokens_per_s_per_user:
+                front.append(point)
+        return front
+
+    def _evidence(self) -> dict[str, float]:
+        """What the best plan's prices rest on."""
+        best = max(self.ranked, key=lambda r: r.score)
+        return dict(self.catalogue.replica(best.plan.pools[0]).model.evidence)
+
+    def _nothing_kept(self) -> NoFeasiblePlanError:
+        """Say which limit was broken by all plans simulated, and how near the best came."""
+        question = self.question
+        worst = max(question.limits, key=lambda limit: self.closest[limit] / limit.seconds, default=None)
+        tried = f"none of the {len(self.tried)} plans simulated on {question.gpus} x {question.hardware}"
+        if worst is not None and self.closest[worst] > worst.seconds:
+            return NoFeasiblePlanError(
+                f"{worst}: {tried} keeps it; the best reached {self.closest[worst]:.4g} s; relax the limit, lower the rate or add devices"
+            )
+        return NoFeasiblePlanError(
+            f"rate {question.demanded_per_s:g}/s: {tried} keeps all limits together at it; lower the rate, relax a limit or add devices"
+        )

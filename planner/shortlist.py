@@ -1,0 +1,160 @@
+"""Which plans are worth simulating, in which order: all legal ones with bounds no simulation can beat."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from math import ceil, inf
+
+import numpy as np
+
+from hwmodels.energy import RUNNING
+from hwmodels.mapping import Mapping, Precision
+from planner.bounds import Screen
+from planner.catalogue import Catalogue, mapping_of, precision_of
+from planner.errors import NoFeasiblePlanError
+from planner.fit import nothing_fits
+from planner.plan import Plan, Pool
+from planner.question import Question
+from planner.space import enumerate_pools, replicas_that_fit
+from simulator.metrics import Limit
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan and what no simulation of it can beat.
+
+    bound              the objective as a score, higher is better
+    rate_bound_per_s   requests per second over the whole run
+    """
+
+    plan: Plan
+    bound: float
+    rate_bound_per_s: float
+
+    @property
+    def kind(self) -> tuple[Mapping, Precision]:
+        """How its replicas are cut and kept."""
+        return mapping_of(self.plan.pools[0]), precision_of(self.plan.pools[0])
+
+
+@dataclass(slots=True)
+class Shortlist:
+    """Candidates, best bound first, and what became of the other plans.
+
+    considered     plans looked at
+    pruned         how many each law or bound took out
+    floors         least value of each limit's statistic over all plans
+    fastest_per_s  highest bound on the rate of any plan
+    """
+
+    candidates: list[Candidate] = field(default_factory=list)
+    considered: int = 0
+    pruned: Counter[str] = field(default_factory=Counter)
+    floors: dict[Limit, float] = field(default_factory=dict)
+    fastest_per_s: float = 0.0
+
+
+def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
+    """All plans that their bounds leave possible.
+
+    Raises NoFeasiblePlanError when nothing fits, or no bound leaves a plan: the message says which limit, and the best
+    value of it that can be reached.
+    """
+    requests, cluster = question.requests, catalogue.cluster
+    if question.objective == "cost" and cluster.device.price_usd_per_h is None:
+        raise NoFeasiblePlanError(f"objective cost: {cluster.device.name} has no price; give its profile a price_usd_per_h")
+    longest = int((requests.prompt_tokens + requests.output_tokens).max())
+    if longest > catalogue.model.max_context_tokens:
+        raise NoFeasiblePlanError(
+            f"longest request: {longest} tokens; {catalogue.model.name} takes at most {catalogue.model.max_context_tokens}; "
+            "choose a model of longer context or drop the longest requests"
+        )
+    space = enumerate_pools(catalogue, question.choices, longest)
+    result = Shortlist(considered=len(space.pools) + space.broken.total(), pruned=space.broken)
+    if not space.pools:
+        raise nothing_fits(question, catalogue, longest)
+    catalogue.reserve(max(pool.token_budget for pool, _ in space.pools), max(pool.max_seqs for pool, _ in space.pools))
+    groups: dict[tuple[Mapping, Precision], list[tuple[Pool, int]]] = defaultdict(list)
+    for pool, kv_blocks in space.pools:
+        groups[mapping_of(pool), precision_of(pool)].append((pool, kv_blocks * pool.block_tokens))
+    screen = Screen(requests, question.limits)
+    result.floors = dict.fromkeys(question.limits, inf)
+    for (mapping, precision), pools in groups.items():
+        model = catalogue.step_model(mapping, precision)
+        budgets = np.array([pool.token_budget for pool, _ in pools])
+        seqs = np.array([pool.max_seqs for pool, _ in pools], dtype=float)
+        kv_tokens = np.array([tokens for _, tokens in pools], dtype=float)
+        busy_s = screen.work_s(model, mapping.attention_dp, seqs, budgets, kv_tokens)
+        floors = screen.latency_s(model, mapping.attention_dp, budgets)
+        for limit, values in floors.items():
+            result.floors[limit] = min(result.floors[limit], float(values.min()))
+        for position, (pool, _) in enumerate(pools):
+            broken = next((limit for limit in question.limits if floors[limit][position] > limit.seconds), None)
+            if broken is not None:
+                result.pruned[f"an empty machine keeps {broken}"] += 1
+                continue
+            _add_plans(result, question, catalogue, pool, float(busy_s[position]))
+    if not result.candidates:
+        raise _nothing_left(question, result)
+    preferred = {"chunked": 0, "prefill-first": 1, "orca": 2, "static": 3}
+    result.candidates.sort(
+        key=lambda c: (-c.bound, preferred[c.plan.pools[0].policy], abs(c.plan.pools[0].token_budget - 2048), -c.plan.pools[0].max_seqs)
+    )
+    return result
+
+
+def _add_plans(result: Shortlist, question: Question, catalogue: Catalogue, pool: Pool, busy_s: float) -> None:
+    """The plans made of copies of one replica that can serve the demanded rate by their bound."""
+    rate_each = len(question.requests) / busy_s
+    most = replicas_that_fit(pool.gpus_per_replica, catalogue.cluster)
+    result.fastest_per_s = max(result.fastest_per_s, most * rate_each)
+    needs_rate = question.objective != "goodput-per-gpu" or question.rate_per_s is not None
+    fewest = max(1, ceil(question.demanded_per_s / rate_each - 1e-9)) if needs_rate else 1
+    if most < fewest:
+        result.pruned["the bound on its rate reaches the demand"] += 1
+        return
+    counts = range(fewest, most + 1) if question.objective in ("fewest-gpus", "cost", "energy") else (most,)
+    result.considered += len(counts) - 1
+    for count in counts:
+        plan = Plan(
+            question.model, question.hardware, question.gpus, (replace(pool, replicas=count),), question.engine, question.router
+        )
+        bound = _bound(question, catalogue, plan, count * rate_each, busy_s)
+        result.candidates.append(Candidate(plan, bound, count * rate_each))
+
+
+def _bound(question: Question, catalogue: Catalogue, plan: Plan, rate_bound_per_s: float, busy_s: float) -> float:
+    """The score that no simulation of the plan exceeds."""
+    device, gpus = catalogue.cluster.device, plan.gpus_used
+    if question.objective == "goodput-per-gpu":
+        return rate_bound_per_s / gpus
+    if question.objective == "fewest-gpus":
+        return -float(gpus)
+    tokens = float(question.requests.output_tokens.sum())
+    span_s = float(question.requests.scaled_to_rate(question.demanded_per_s).arrival_s[-1]) if len(question.requests) > 1 else 0.0
+    span_s = max(span_s, len(question.requests) / rate_bound_per_s)
+    if question.objective == "cost":
+        return -(device.price_usd_per_h or 0.0) * gpus * span_s / 3600 / tokens * 1e6
+    pool = plan.pools[0]
+    if question.objective == "energy":
+        # Idle power all the time, and what running at all adds for as long as the work takes at least.
+        running_w = (device.tdp_w - device.idle_w) * RUNNING
+        return -(device.idle_w * gpus * span_s + running_w * busy_s * pool.gpus_per_replica) / tokens
+    model = catalogue.step_model(mapping_of(pool), precision_of(pool))
+    step_s = sum(tables.linear[1] + tables.decode.at(1, 1.0) + tables.head[1] for tables in model.stages)
+    return -float(question.requests.output_tokens.mean()) * step_s
+
+
+def _nothing_left(question: Question, result: Shortlist) -> NoFeasiblePlanError:
+    """Say which limit or rate no plan can keep, and what the best would be."""
+    for limit in question.limits:
+        if result.floors[limit] > limit.seconds:
+            return NoFeasiblePlanError(
+                f"{limit}: no plan on {question.gpus} x {question.hardware} gets below {result.floors[limit]:.4g} s even on an empty "
+                "machine; relax the limit, use faster devices, or narrower weights"
+            )
+    return NoFeasiblePlanError(
+        f"rate {question.demanded_per_s:g}/s: no plan on {question.gpus} x {question.hardware} can exceed {result.fastest_per_s:.3g}/s; "
+        f"expected about {ceil(question.gpus * question.demanded_per_s / max(result.fastest_per_s, 1e-9))} devices or a lower rate"
+    )

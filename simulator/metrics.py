@@ -1,0 +1,681 @@
+"""What a run was worth: latencies by SLO class, goodput, throughput, use of the devices, energy and cost."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from simulator.errors import MetricError
+from simulator.result import Floats, Result
+
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+#: What a limit can be set on; per request, except for itl, which has one value per token after the first.
+LATENCIES = ("ttft", "tpot", "itl", "e2e")
+
+_UNITS_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_LIMIT = re.compile(r"(?:(?P<statistic>[^=]*)=)?(?P<value>[^=]*?)\s*(?P<unit>s|ms|us|µs)")
+#: Steps whose ends are computed at a time, so that temporary arrays stay small.
+_BLOCK = 1 << 20
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One SLO: `statistic` ("mean", "max", or a percentile such as "p99" or "p99.9") of `metric` at most `seconds`."""
+
+    metric: str
+    statistic: str
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if self.metric not in LATENCIES:
+            raise MetricError(f"metric is {self.metric!r}, expected one of {', '.join(LATENCIES)}")
+        _quantile_of(self.statistic)
+        if not (self.seconds > 0 and math.isfinite(self.seconds)):
+            raise MetricError(f"{self.metric} limit is {self.seconds} s, expected a finite time above 0, such as 2s")
+
+    @property
+    def quantile(self) -> float | None:
+        """The fraction the statistic stands for, 1 for the maximum, None for the mean."""
+        return _quantile_of(self.statistic)
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.statistic} <= {self.seconds:g} s"
+
+
+#: Limits of every request, or of each SLO class by its name (classes left out have none).
+Slos = Mapping[str, Sequence[Limit]] | Sequence[Limit]
+
+
+def parse_limit(metric: str, text: str) -> Limit:
+    """The limit that a text such as "p99=2s", "mean=50ms" or "2s" (p99 is meant) sets on a metric.
+
+    >>> parse_limit("ttft", "p99=2s")
+    Limit(metric='ttft', statistic='p99', seconds=2.0)
+    >>> parse_limit("tpot", "50ms")
+    Limit(metric='tpot', statistic='p99', seconds=0.05)
+    """
+    found = _LIMIT.fullmatch(text.strip())
+    try:
+        value = float(found["value"]) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if found is None or not (value > 0 and math.isfinite(value)):
+        raise MetricError(f"{metric} limit is {text!r}, expected a time above 0 with its unit, such as 2s or p99=50ms")
+    statistic = "p99" if found["statistic"] is None else found["statistic"].strip()
+    return Limit(metric, statistic, value * _UNITS_S[found["unit"].replace("µ", "u")])
+
+
+def _quantile_of(statistic: str) -> float | None:
+    """The fraction a percentile stands for, 1 for the maximum, None for the mean."""
+    if statistic in ("mean", "max"):
+        return None if statistic == "mean" else 1.0
+    found = re.fullmatch(r"p(\d+(?:\.\d+)?)", statistic)
+    if found is None or not 0 < float(found[1]) <= 100:
+        raise MetricError(
+            f"statistic is {statistic!r}, expected mean, max, or a percentile from p1 to p100 such as p99"
+        )
+    return float(found[1]) / 100
+
+
+# --- distributions ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Statistics of `count` values; NaN when there are none."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Floats, weights: Ints | None = None) -> Distribution:
+        """Of the values that are not NaN, each counted `weights` times; percentiles as numpy.quantile's default.
+
+        >>> Distribution.of(np.array([1.0, 3.0]), np.array([1, 1])).p50
+        2.0
+        """
+        if weights is None:
+            values = np.sort(values)  # NaN go last
+            count = int(np.searchsorted(values, np.nan))
+            ranks = None
+        else:
+            order = np.argsort(values)
+            values, ranks = values[order], np.cumsum(weights[order])
+            count = int(ranks[-1]) if len(ranks) else 0
+        if not count:
+            return cls(0, math.nan, math.nan, math.nan, math.nan, math.nan)
+
+        def value_at(rank: int) -> float:
+            return float(values[rank if ranks is None else np.searchsorted(ranks, rank, side="right")])
+
+        mean = float(values[:count].mean()) if weights is None else float(values @ weights[order]) / count
+        return cls(count, mean, *(_interpolate(value_at, q, count) for q in (0.5, 0.9, 0.95, 0.99)))
+
+
+def _interpolate(value_at: Callable[[int], float], fraction: float, count: int) -> float:
+    """The quantile between the two nearest ranks, rounded as numpy.quantile rounds it; an infinite neighbour wins."""
+    position = fraction * (count - 1)
+    rank = min(math.floor(position), count - 1)
+    share = position - rank
+    low = value_at(rank)
+    if share == 0:
+        return low
+    high = value_at(rank + 1)
+    if low == high or math.isinf(high):
+        return high
+    return low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share)
+
+
+def _achieved(values: Floats, statistic: str) -> float:
+    """A statistic of values without NaN, infinity allowed; NaN when there are none."""
+    if not len(values):
+        return math.nan
+    fraction = _quantile_of(statistic)
+    if fraction is None:
+        return float(values.mean())
+    rank = math.floor(fraction * (len(values) - 1))
+    near = np.partition(values, (rank, min(rank + 1, len(values) - 1)))
+    return _interpolate(lambda index: float(near[index]), fraction, len(values))
+
+
+def _achieved_weighted(values: Floats, weights: Ints, statistic: str) -> float:
+    fraction, count = _quantile_of(statistic), int(weights.sum())
+    if not count:
+        return math.nan
+    if fraction is None:
+        return float(values @ weights) / count
+    order = np.argsort(values)
+    ranks = np.cumsum(weights[order])
+    return _interpolate(lambda rank: float(values[order[np.searchsorted(ranks, rank, side="right")]]), fraction, count)
+
+
+# --- attainment -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Attainment:
+    """How requests stand to limits.
+
+    requests, good   requests, and those of them that meet every limit on ttft, tpot and e2e on their own
+    values_s         the statistic that was reached for each limit, in the limits' order
+    met              whether every limit is met by its statistic
+    """
+
+    requests: int
+    good: int
+    values_s: tuple[float, ...]
+    met: bool
+
+    @property
+    def fraction(self) -> float:
+        """SLO attainment; NaN without requests."""
+        return self.good / self.requests if self.requests else math.nan
+
+
+def attainment(
+    ttft_s: Floats,
+    tpot_s: Floats,
+    e2e_s: Floats,
+    limits: Sequence[Limit],
+    gaps: tuple[Floats, Ints] | None = None,
+) -> Attainment:
+    """Hold requests to limits, on plain arrays (see result.latencies).
+
+    gaps   the weighted inter-token latencies, needed for a limit on itl
+
+    A request without an E2E time was rejected or not finished: it meets no limit and counts as infinitely late in every
+    statistic but itl. A one-token answer has no TPOT and meets any limit on it. A limit without any value is met.
+    """
+    latency = {"ttft": ttft_s, "tpot": tpot_s, "e2e": e2e_s}
+    lost = np.isnan(e2e_s)
+    any_lost = bool(lost.any())
+    values_s = []
+    for limit in limits:
+        if limit.metric == "itl":
+            if gaps is None:
+                raise MetricError(
+                    f"limit is {limit}, expected a run that recorded its steps; simulate with record=True"
+                )
+            values_s.append(_achieved_weighted(*gaps, limit.statistic))
+            continue
+        values = latency[limit.metric]
+        if any_lost:
+            values = np.where(lost, np.inf, values)
+        if limit.metric == "tpot":
+            values = values[~np.isnan(values)]
+        values_s.append(_achieved(values, limit.statistic))
+    good = int(np.count_nonzero(_good(ttft_s, tpot_s, e2e_s, limits)))
+    met = all(not value > limit.seconds for value, limit in zip(values_s, limits, strict=True))
+    return Attainment(len(e2e_s), good, tuple(values_s), met)
+
+
+def _good(ttft_s: Floats, tpot_s: Floats, e2e_s: Floats, limits: Iterable[Limit]) -> Mask:
+    """Which requests finished and meet each limit's seconds; a limit on itl holds for all tokens together, not here."""
+    latency = {"ttft": ttft_s, "tpot": tpot_s, "e2e": e2e_s}
+    good = ~np.isnan(e2e_s)
+    for limit in limits:
+        if limit.metric != "itl":
+            good &= ~(latency[limit.metric] > limit.seconds)
+    return good
+
+
+def meets(result: Result, slos: Slos, window: Window | None = None) -> bool:
+    """Whether the statistics of the run (of the requests that arrive in the window) meet every limit of every class."""
+    by_class = _by_class(result, slos)
+    start_s, end_s = _interval(result, window)
+    frame = result.requests
+    codes = _members(frame, start_s, end_s) if window else _codes(frame)
+    wanted = any(limit.metric == "itl" for limits in by_class.values() for limit in limits)
+    gaps = _gaps_by_group(result, codes, len(by_class)) if wanted and result.steps is not None else None
+    ttft, tpot, e2e = (frame[name].to_numpy() for name in ("ttft_s", "tpot_s", "e2e_s"))
+    if not isinstance(slos, Mapping):  # limits of all requests together, whatever their class
+        mine = codes >= 0
+        together = _together(gaps) if gaps is not None else None
+        return attainment(ttft[mine], tpot[mine], e2e[mine], slos, together).met
+    for code, limits in enumerate(by_class.values()):
+        mine = codes == code
+        if not attainment(ttft[mine], tpot[mine], e2e[mine], limits, None if gaps is None else gaps[code]).met:
+            return False
+    return True
+
+
+def _by_class(result: Result, slos: Slos) -> dict[str, Sequence[Limit]]:
+    names = result.classes
+    if not isinstance(slos, Mapping):
+        return dict.fromkeys(names, tuple(slos))
+    for name in slos:
+        if name not in names:
+            raise MetricError(f"SLO class is {name!r}, expected one of the workload's: {', '.join(names)}")
+    return {name: slos.get(name, ()) for name in names}
+
+
+# --- inter-token latencies --------------------------------------------------------------------------------------------
+
+
+def itl(result: Result) -> tuple[Floats, Ints]:
+    """Every gap between two tokens of the same request, exactly, as gaps in seconds and how often each occurs.
+
+    A sequence that decodes emits at the end of every decode step of its lane, so one gap between step ends counts for
+    all sequences that live through it. Requests that did not finish are left out. Raises MetricError when the steps
+    were not recorded. Memory: about 50 bytes for each decode step of the busiest lane, 16 for each gap returned.
+    """
+    return _together(_gaps_by_group(result, np.zeros(len(result.requests), dtype=np.int64), 1))
+
+
+def _together(gaps: Sequence[tuple[Floats, Ints]]) -> tuple[Floats, Ints]:
+    if len(gaps) == 1:
+        return gaps[0]
+    return np.concatenate([pair[0] for pair in gaps]), np.concatenate([pair[1] for pair in gaps])
+
+
+def _gaps_by_group(result: Result, groups: Ints, count: int) -> list[tuple[Floats, Ints]]:
+    """The gaps of the requests of each of `count` groups; a negative group is left out."""
+    if result.steps is None:
+        raise MetricError("steps were not recorded, expected a run that did; simulate with record=True")
+    request, lane, first_s, tokens = _spans(result)
+    group = groups[request]
+    steps = result.steps[result.steps["decode_sequences"].to_numpy() > 0]
+    step_lane = _lane_key(steps["replica"], steps["lane"])
+    columns = [steps[name].to_numpy() for name in ("start_s", "end_s", "steps", "slope_s")]
+    order = np.lexsort((columns[0], step_lane))
+    step_lane, columns = step_lane[order], [column[order] for column in columns]
+
+    found: list[list[tuple[Floats, Ints]]] = [[] for _ in range(count)]
+    last_s = first_s.copy()
+    by_lane = np.argsort(lane, kind="stable")
+    for key in np.unique(lane[tokens > 1]):
+        low, high = np.searchsorted(step_lane, (key, key + 1))
+        ends_s = _step_ends(*(column[low:high] for column in columns))
+        low, high = np.searchsorted(lane[by_lane], (key, key + 1))
+        mine = by_lane[low:high]
+        mine = mine[tokens[mine] > 1]
+        start = np.searchsorted(ends_s, first_s[mine], side="right")  # the step of the span's second token
+        stop = start + tokens[mine] - 2  # and that of its last
+        if stop.max() >= len(ends_s):
+            raise ValueError(f"request {request[mine[stop.argmax()]]} emits more tokens than its lane has decode steps")
+        last_s[mine] = ends_s[stop]
+        lead_s = ends_s[start] - first_s[mine]
+        gaps_s = np.diff(ends_s)
+        for index in range(count):
+            member = group[mine] == index
+            if not member.any():
+                continue
+            weights = np.bincount(start[member], minlength=len(ends_s))
+            weights -= np.bincount(stop[member], minlength=len(ends_s))
+            np.cumsum(weights, out=weights)
+            lived = weights[:-1] > 0
+            found[index] += [(gaps_s[lived], weights[:-1][lived]), _once(lead_s[member])]
+        del ends_s, gaps_s
+
+    # From the last token before a preemption to the first one after it.
+    order = np.lexsort((first_s, request))
+    resumed = np.flatnonzero(np.diff(request[order]) == 0)
+    paused_s = first_s[order[resumed + 1]] - last_s[order[resumed]]
+    for index in range(count):
+        found[index].append(_once(paused_s[group[order[resumed]] == index]))
+    return [_together(pairs) for pairs in found]
+
+
+def _once(gaps_s: Floats) -> tuple[Floats, Ints]:
+    return gaps_s, np.ones(len(gaps_s), dtype=np.int64)
+
+
+def _lane_key(replica: pd.Series[int], lane: pd.Series[int]) -> Ints:
+    return replica.to_numpy(np.int64) << 32 | lane.to_numpy(np.int64)
+
+
+def _spans(result: Result) -> tuple[Ints, Ints, Floats, Ints]:
+    """Request, lane key, time of the first token and number of tokens of every stretch of finished requests."""
+    frame = result.requests
+    plain = np.isfinite(frame["finish_s"].to_numpy())
+    finished = plain.copy()
+    spans = result.spans
+    if spans is not None:
+        plain[spans["request"].to_numpy()] = False
+    request = np.flatnonzero(plain)
+    lane = _lane_key(frame["replica"], frame["lane"])[plain]
+    first_s = frame["first_token_s"].to_numpy()[plain]
+    tokens = frame["output_tokens"].to_numpy(np.int64)[plain]
+    if spans is None or spans.empty:
+        return request, lane, first_s, tokens
+    spans = spans[finished[spans["request"].to_numpy()]]
+    return (
+        np.concatenate((request, spans["request"].to_numpy(np.int64))),
+        np.concatenate((lane, _lane_key(spans["replica"], spans["lane"]))),
+        np.concatenate((first_s, spans["first_token_s"].to_numpy())),
+        np.concatenate((tokens, spans["tokens"].to_numpy(np.int64))),
+    )
+
+
+def _step_ends(start_s: Floats, end_s: Floats, steps: Ints, slope_s: Floats) -> Floats:
+    """When each step of the rows ends: after j + 1 steps, start + (j + 1) first + slope j (j + 1) / 2."""
+    offsets = np.concatenate(([0], np.cumsum(steps)))
+    first_s = (end_s - start_s) / steps - slope_s * (steps - 1) / 2
+    ends_s = np.empty(offsets[-1])
+    low = 0
+    while low < len(steps):
+        high = max(low + 1, int(np.searchsorted(offsets, offsets[low] + _BLOCK, side="right")) - 1)
+        rows = slice(low, high)
+        j = np.arange(offsets[low], offsets[high]) - np.repeat(offsets[rows], steps[rows])
+        block = np.repeat(slope_s[rows] / 2, steps[rows])
+        block *= j
+        block += np.repeat(first_s[rows], steps[rows])
+        block *= j + 1
+        block += np.repeat(start_s[rows], steps[rows])
+        ends_s[offsets[low] : offsets[high]] = block
+        low = high
+    ends_s[offsets[1:] - 1] = end_s  # exactly, because first tokens are compared with it
+    return ends_s
+
+
+# --- summary ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The part of the run that is measured: from `warmup` after the first arrival to `cooldown` before the last one.
+
+    Both in seconds or, with fraction=True, as fractions of the time from first to last arrival.
+    """
+
+    warmup: float = 0.0
+    cooldown: float = 0.0
+    fraction: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "cooldown"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise MetricError(f"{name} is {value}, expected a finite number of at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class ClassMetrics:
+    """The requests of one SLO class, or all of them.
+
+    requests, finished, rejected, preemptions     counts
+    ttft_s, tpot_s, itl_s, e2e_s                  of finished requests; itl_s only when steps were recorded
+    slo_attainment                                share of the requests that meet each limit of their class on their own
+                                                  (ttft, tpot, e2e); rejected and unfinished ones do not
+    goodput_requests_per_s                        those requests per second
+    output_tokens_per_s, total_tokens_per_s       generated tokens, and prompt tokens with them
+    """
+
+    requests: int
+    finished: int
+    rejected: int
+    preemptions: int
+    ttft_s: Distribution
+    tpot_s: Distribution
+    itl_s: Distribution
+    e2e_s: Distribution
+    slo_attainment: float
+    goodput_requests_per_s: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """One run, or the window of it that was measured.
+
+    duration_s                       what rates are taken over: the makespan, or the window's length
+    overall, classes                 all requests, and those of each SLO class
+    mfu, mbu                         shares of the peak arithmetic and memory bandwidth of all devices, whole run
+    kv_use_mean, kv_use_max          share of the KV blocks held by running steps: over time and lanes, and at most
+    queue_mean, queue_max            requests that have arrived and were never scheduled: over time, and at most
+    j_per_output_token               energy of all devices, idle time included, per output token, whole run
+    usd_per_million_output_tokens    rent of all devices at the measured output rate
+    NaN where the run does not tell: without recorded steps, without a price, without tokens.
+    """
+
+    duration_s: float
+    overall: ClassMetrics
+    classes: Mapping[str, ClassMetrics]
+    goodput_requests_per_s_per_gpu: float
+    output_tokens_per_s_per_gpu: float
+    mfu: float
+    mbu: float
+    kv_use_mean: float
+    kv_use_max: float
+    queue_mean: float
+    queue_max: int
+    j_per_output_token: float
+    usd_per_million_output_tokens: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: nested dictionaries with None in place of NaN."""
+        without_nan: dict[str, Any] = none_for_nan(asdict(self))
+        return without_nan
+
+    def flat(self) -> dict[str, float]:
+        """One number per name, such as "ttft_s.p99", "mfu", or "chat.ttft_s.p99" when there are several classes."""
+        numbers = {name: value for name, value in _leaves(self) if not name.startswith(("overall.", "classes."))}
+        numbers |= dict(_leaves(self.overall))
+        if len(self.classes) > 1:
+            for name, metrics in self.classes.items():
+                numbers |= {f"{name}.{leaf}": value for leaf, value in _leaves(metrics)}
+        return numbers
+
+
+def summarize(result: Result, slos: Slos = (), window: Window | None = None) -> Metrics:
+    """The metrics of a run, overall and by SLO class.
+
+    With a window, latencies, attainment and goodput are those of requests that arrive in it; rates are over its length.
+    Tokens count when they are processed, those of a prompt spread evenly from first schedule to first token, the others
+    from first token to finish. mfu, mbu and j_per_output_token always cover the whole run.
+    """
+    by_class = _by_class(result, slos)
+    start_s, end_s = _interval(result, window)
+    frame, totals = result.requests, result.totals
+    duration_s = end_s - start_s if window else totals.makespan_s
+    columns = {
+        name: frame[name].to_numpy()
+        for name in ("ttft_s", "tpot_s", "e2e_s", "rejected", "preemptions", "prompt_tokens", "output_tokens")
+    }
+    codes = _codes(frame)
+    members = _members(frame, start_s, end_s) if window else codes
+    good = np.zeros(len(frame), dtype=bool)
+    for code, limits in enumerate(by_class.values()):
+        mine = codes == code if len(by_class) > 1 else slice(None)
+        good[mine] = _good(columns["ttft_s"][mine], columns["tpot_s"][mine], columns["e2e_s"][mine], limits)
+    prompts, outputs = _tokens(frame, (start_s, end_s) if window else None)
+    gaps = _gaps_by_group(result, members, len(by_class)) if result.steps is not None else None
+
+    def metrics_of(mine: Mask, emitters: Mask, itl_s: tuple[Floats, Ints] | None) -> ClassMetrics:
+        count, met = int(np.count_nonzero(mine)), int(np.count_nonzero(good & mine))
+        output = float(outputs[emitters].sum())
+        finished = mine & ~np.isnan(columns["e2e_s"])
+        return ClassMetrics(
+            requests=count,
+            finished=int(np.count_nonzero(finished)),
+            rejected=int(np.count_nonzero(columns["rejected"] & mine)),
+            preemptions=int(columns["preemptions"][mine].sum()),
+            ttft_s=Distribution.of(columns["ttft_s"][finished]),
+            tpot_s=Distribution.of(columns["tpot_s"][finished]),
+            itl_s=Distribution.of(*(itl_s or (np.empty(0), None))),
+            e2e_s=Distribution.of(columns["e2e_s"][finished]),
+            slo_attainment=_ratio(met, count),
+            goodput_requests_per_s=_ratio(met, duration_s),
+            output_tokens_per_s=_ratio(output, duration_s),
+            total_tokens_per_s=_ratio(output + float(prompts[emitters].sum()), duration_s),
+        )
+
+    overall = metrics_of(members >= 0, codes >= 0, None if gaps is None else _together(gaps))
+    classes = {next(iter(by_class)): overall} if len(by_class) == 1 else {}
+    if len(by_class) > 1:
+        for code, name in enumerate(by_class):
+            classes[name] = metrics_of(members == code, codes == code, None if gaps is None else gaps[code])
+    kv_use_mean, kv_use_max = _kv_use(result, start_s, end_s)
+    queue_mean, queue_max = _queue(frame, start_s, end_s)
+    served = np.isfinite(columns["e2e_s"])
+    price = math.nan if totals.price_usd_per_h is None else totals.price_usd_per_h
+    return Metrics(
+        duration_s=duration_s,
+        overall=overall,
+        classes=classes,
+        goodput_requests_per_s_per_gpu=_ratio(overall.goodput_requests_per_s, totals.gpus),
+        output_tokens_per_s_per_gpu=_ratio(overall.output_tokens_per_s, totals.gpus),
+        mfu=_ratio(totals.model_flops, totals.peak_flops_per_s * totals.makespan_s),
+        mbu=_ratio(totals.hbm_bytes, totals.memory_bytes_per_s * totals.makespan_s),
+        kv_use_mean=kv_use_mean,
+        kv_use_max=kv_use_max,
+        queue_mean=queue_mean,
+        queue_max=queue_max,
+        j_per_output_token=_ratio(totals.energy_j, float(columns["output_tokens"][served].sum())),
+        usd_per_million_output_tokens=_ratio(price / 3600 * 1e6, overall.output_tokens_per_s),
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
+
+
+def _interval(result: Result, window: Window | None) -> tuple[float, float]:
+    """Start and end of what is measured, in seconds on the run's clock."""
+    arrival_s = result.requests["arrival_s"].to_numpy()
+    if not len(arrival_s):
+        return 0.0, 0.0
+    first, last = float(arrival_s.min()), float(arrival_s.max())
+    if window is None:
+        return first, first + result.totals.makespan_s
+    unit = last - first if window.fraction else 1.0
+    start, end = first + window.warmup * unit, last - window.cooldown * unit
+    if end <= start:
+        what = "" if window.fraction else " s"
+        raise MetricError(
+            f"warmup {window.warmup:g}{what} and cooldown {window.cooldown:g}{what} leave nothing to measure, "
+            f"expected less than the {last - first:g} s over which requests arrive; shorten them or send more requests"
+        )
+    return start, end
+
+
+def _codes(frame: pd.DataFrame) -> Ints:
+    codes: Ints = np.asarray(frame["slo_class"].cat.codes, dtype=np.int64)
+    return codes
+
+
+def _members(frame: pd.DataFrame, start_s: float, end_s: float) -> Ints:
+    """The class code of requests that arrive in the window, -1 for others."""
+    arrival_s = frame["arrival_s"].to_numpy()
+    return np.where((arrival_s >= start_s) & (arrival_s <= end_s), _codes(frame), -1)
+
+
+def _tokens(frame: pd.DataFrame, window: tuple[float, float] | None) -> tuple[Floats, Floats]:
+    """Prompt and output tokens of each finished request, or what of them was processed in the window."""
+    finish_s, first_s = frame["finish_s"].to_numpy(), frame["first_token_s"].to_numpy()
+    finished = np.isfinite(finish_s)
+    prompts = np.where(finished, frame["prompt_tokens"].to_numpy(), 0.0)
+    outputs = np.where(finished, frame["output_tokens"].to_numpy(), 0.0)
+    if window is None:
+        return prompts, outputs
+
+    def share(since_s: Floats, until_s: Floats) -> Floats:
+        inside = np.minimum(until_s, window[1]) - np.maximum(since_s, window[0])
+        whole = until_s - since_s
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(whole > 0, np.clip(inside / whole, 0.0, 1.0), 0.0)
+
+    first_inside = (first_s >= window[0]) & (first_s <= window[1])
+    outputs = np.where(finished, first_inside + (outputs - 1) * share(first_s, finish_s), 0.0)
+    return prompts * share(frame["first_schedule_s"].to_numpy(), first_s), outputs
+
+
+def _kv_use(result: Result, start_s: float, end_s: float) -> tuple[float, float]:
+    """Mean over time and lanes, and maximum, of the share of KV blocks held."""
+    steps, totals = result.steps, result.totals
+    if steps is None or steps.empty or totals.kv_blocks <= 0 or end_s <= start_s:
+        return math.nan, math.nan
+    lanes = np.zeros(max(totals.replicas, int(steps["replica"].max()) + 1), dtype=np.int64)
+    np.maximum.at(lanes, steps["replica"].to_numpy(), steps["lane"].to_numpy(np.int64) + 1)
+    lanes[lanes == 0] = lanes.max()  # a replica that never ran looks like the others
+    held = steps["kv_blocks"].to_numpy()
+    begin_s, stop_s = steps["start_s"].to_numpy(), steps["end_s"].to_numpy()
+    inside_s = np.maximum(np.minimum(stop_s, end_s) - np.maximum(begin_s, start_s), 0.0)
+    mean = float(held @ inside_s) / (totals.kv_blocks * int(lanes.sum()) * (end_s - start_s))
+    return mean, float(held[inside_s > 0].max(initial=0)) / totals.kv_blocks
+
+
+def _queue(frame: pd.DataFrame, start_s: float, end_s: float) -> tuple[float, int]:
+    """Mean (by Little's law, time in queue over time) and maximum of the requests waiting for their first step."""
+    waited = ~frame["rejected"].to_numpy()
+    arrival_s = np.sort(frame["arrival_s"].to_numpy()[waited])
+    schedule_s = frame["first_schedule_s"].to_numpy()[waited]
+    schedule_s = np.sort(np.where(np.isnan(schedule_s), np.inf, schedule_s))
+    # Sorting each on its own keeps the sum of waits, and the number waiting at any time.
+    inside_s = np.clip(schedule_s, start_s, end_s).sum() - np.clip(arrival_s, start_s, end_s).sum()
+    # The queue is longest just after an arrival, or as the window opens.
+    at_s = np.concatenate(([start_s], arrival_s[(arrival_s >= start_s) & (arrival_s <= end_s)]))
+    waiting = np.searchsorted(arrival_s, at_s, side="right") - np.searchsorted(schedule_s, at_s, side="right")
+    return _ratio(max(0.0, float(inside_s)), end_s - start_s), int(waiting.max())
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, float]]:
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, (Distribution, ClassMetrics)):
+            yield from _leaves(item, f"{prefix}{field.name}.")
+        elif not isinstance(item, Mapping):
+            yield f"{prefix}{field.name}", item
+
+
+def none_for_nan(value: Any) -> Any:
+    """Nested dictionaries with None in place of every number that is not finite, as JSON wants it."""
+    if isinstance(value, Mapping):
+        return {key: none_for_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- replications -----------------------------------------------------------------------------------------------------
+
+
+def replicate(
+    run: Callable[[int], Result],
+    seeds: Iterable[int],
+    slos: Slos = (),
+    *,
+    window: Window | None = None,
+    confidence: float = 0.95,
+) -> pd.DataFrame:
+    """Mean and Student-t confidence interval of every metric over independent runs.
+
+    run   the result for one seed
+
+    One row per name of `Metrics.flat`; columns `mean`, `half_width` (NaN below two runs) and `runs`, the number of runs
+    in which the metric was not NaN. The interval mean ± half_width assumes about normal means of runs, see A. Law,
+    Simulation Modeling and Analysis, chapter 9 (replication/deletion approach).
+    """
+    if not 0 < confidence < 1:
+        raise MetricError(f"confidence is {confidence}, expected a fraction between 0 and 1, such as 0.95")
+    rows = [summarize(run(seed), slos, window).flat() for seed in seeds]
+    if not rows:
+        raise MetricError("seeds is empty, expected at least one; two or more give an interval")
+    from scipy.special import stdtrit  # slow to import, and only needed here
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = []
+    for name in names:
+        values = np.array([row.get(name, math.nan) for row in rows], dtype=float)
+        values = values[np.isfinite(values)]
+        runs = len(values)
+        half = math.nan
+        if runs > 1:
+            half = float(stdtrit(runs - 1, (1 + confidence) / 2)) * float(values.std(ddof=1)) / math.sqrt(runs)
+        table.append((float(values.mean()) if runs else math.nan, half, runs))
+    return pd.DataFrame(table, index=pd.Index(names, name="metric"), columns=["mean", "half_width", "runs"])
