@@ -324,14 +324,18 @@ class StepModel:
 
     def group_run(self, sequences: int, context: int) -> tuple[float, float, float]:
         """As decode_run, for one of several attention groups: without what the groups share and the host's work."""
-        tables = self.stages[0]
-        decode = tables.decode
-        mean = context / sequences
-        piece = bisect_left(decode.knots, mean)
-        steps = float(int(decode.knots[piece] - mean) + 1) if piece < len(decode.knots) else np.inf
-        slope = decode.slope[piece][sequences]
-        first = decode.base[piece][sequences] + slope * mean + tables.linear[sequences] + tables.head[sequences]
-        return first, slope, steps
+        return _group_run(self.stages[0], sequences, context)
+
+    def stages_run(self, sequences: int, context: int) -> tuple[list[tuple[float, float]], float]:
+        """By stage (first_s, slope_s), and for how many steps: as decode_run for a pipeline."""
+        runs = []
+        most = np.inf
+        for tables in self.stages:
+            first, slope, steps = _group_run(tables, sequences, context)
+            runs.append((first, slope))
+            most = min(most, steps)
+        runs[0] = (runs[0][0] + self.overhead_s(sequences), runs[0][1])
+        return runs, most
 
     def stages_s(self, sequences: int, context: int, items: Sequence[Item]) -> list[float]:
         """Seconds in each pipeline stage; the engine's own work is done once, before the first."""
@@ -352,6 +356,17 @@ class StepModel:
             total += tokens
             sampled = max(sampled, batch[0] + len(batch[2]))
         return slowest + tables.shared[total] + self.overhead_s(sampled)
+
+
+def _group_run(tables: Tables, sequences: int, context: int) -> tuple[float, float, float]:
+    """(first_s, slope_s, steps) of decode steps of one attention group in one stage."""
+    decode = tables.decode
+    mean = context / sequences
+    piece = bisect_left(decode.knots, mean)
+    steps = float(int(decode.knots[piece] - mean) + 1) if piece < len(decode.knots) else np.inf
+    slope = decode.slope[piece][sequences]
+    first = decode.base[piece][sequences] + slope * mean + tables.linear[sequences] + tables.head[sequences]
+    return first, slope, steps
 
 
 def compile_step_model(

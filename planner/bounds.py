@@ -158,7 +158,9 @@ class Screen:
             self._stages[key] = list(known.values()), through
         return self._stages[key]
 
-    def work_s(self, model: StepModel, groups: int, max_seqs: Array, budgets: NDArray[np.int64], kv_tokens: Array) -> Array:
+    def work_s(
+        self, model: StepModel, groups: int, max_seqs: Array, budgets: NDArray[np.int64], kv_tokens: Array
+    ) -> Array:
         """Least busy seconds of one replica that serves the whole demand, one value per plan (the module's formula).
 
         max_seqs, budgets, kv_tokens   of each plan's schedulers

@@ -45,7 +45,9 @@ def nothing_fits(question: Question, catalogue: Catalogue, longest_tokens: int) 
         if problem is not None:
             return NoFeasiblePlanError(f"{what}: {problem}")
     if missing == inf:
-        return NoFeasiblePlanError(f"{what}: no legal degrees; expected a device count that divides the heads or layers")
+        return NoFeasiblePlanError(
+            f"{what}: no legal degrees; expected a device count that divides the heads or layers"
+        )
     gpus = question.gpus
     while gpus < 2048:
         gpus += 1 if gpus < 16 else 8

@@ -51,7 +51,10 @@ def best_mix(
     Raises NoFeasiblePlanError when the demand cannot be met on so many devices.
     """
     problem = pulp.LpProblem("mix", pulp.LpMaximize if goal == "capacity" else pulp.LpMinimize)
-    n = [problem.add_variable(f"n_{i}", lowBound=0, upBound=gpus // kind.gpus, cat=pulp.LpInteger) for i, kind in enumerate(kinds)]
+    n = [
+        problem.add_variable(f"n_{i}", lowBound=0, upBound=gpus // kind.gpus, cat=pulp.LpInteger)
+        for i, kind in enumerate(kinds)
+    ]
     used = pulp.lpSum(kind.gpus * count for kind, count in zip(kinds, n, strict=True))
     served = pulp.lpSum(kind.capacity_per_s * count for kind, count in zip(kinds, n, strict=True))
     paid = pulp.lpSum(kind.usd_per_h * count for kind, count in zip(kinds, n, strict=True))

@@ -7,10 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-_data = dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
-
-
-@_data
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Pool:
     """Replicas that are cut, kept and scheduled alike.
 
@@ -51,7 +48,7 @@ class Pool:
         return self.replicas * self.gpus_per_replica
 
 
-@_data
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Plan:
     """One execution plan: a model on a cluster, served by pools of replicas behind a router.
 

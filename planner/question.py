@@ -60,10 +60,14 @@ class Question:
         if not 0 < self.tolerance < 1:
             raise PlanError(f"tolerance {self.tolerance}: expected a fraction between 0 and 1")
         if self.objective == "goodput-per-gpu" and not self.limits:
-            raise PlanError("objective goodput-per-gpu: expected at least one limit (--ttft, --tpot or --e2e) to be good at")
+            raise PlanError(
+                "objective goodput-per-gpu: expected at least one limit (--ttft, --tpot or --e2e) to be good at"
+            )
         for limit in self.limits:
             if limit.metric == "itl":
-                raise PlanError("limit on itl: a search is limited by ttft, tpot and e2e; see itl with 'shardwise simulate'")
+                raise PlanError(
+                    "limit on itl: a search is limited by ttft, tpot and e2e; see itl with 'shardwise simulate'"
+                )
 
     @property
     def demanded_per_s(self) -> float:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 
 from planner.catalogue import Catalogue, open_catalogue
 from planner.errors import NoFeasiblePlanError
+from planner.estimate import estimate_rate_per_s
 from planner.mix import Kind, best_mix
-from planner.plan import Plan
+from planner.plan import Plan, Pool
 from planner.question import Question
 from planner.shortlist import Candidate, Shortlist, shortlist
-from planner.trial import Trial, attempt, capacity
+from planner.trial import Extremes, Trial, attempt, capacity
 from simulator.metrics import Limit
 
 #: Called with what is going on and the share of the time that has passed, in [0, 1].
@@ -26,8 +28,8 @@ UNITS = {
     "energy": "J per output token",
     "latency": "s mean end-to-end",
 }
-#: Ways of cutting whose best bound is below this share of the best plan found are not looked at for the ranking.
-INTERESTING = 0.4
+#: Ways of cutting that are guessed to reach less than this share of the most promising one are not surveyed.
+INTERESTING = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,9 @@ class Search:
         self.ranked: list[Ranked] = []
         self.tried: set[Plan] = set()
         self.trials: list[tuple[Plan, Trial]] = []
+        self.runs: dict[object, list[tuple[Pool, int, Extremes]]] = defaultdict(list)
+        self.same = 0
+        self.estimates: dict[object, float] = {}
         self.closest: dict[Limit, float] = dict.fromkeys(question.limits, inf)
 
     @property
@@ -154,13 +159,15 @@ class Search:
         beaten = sum(1 for c in candidates if c.plan not in self.tried and not self.beats(c.bound))
         if beaten:
             pruned["its bound beats the best plan found"] = beaten
+        if self.same:
+            pruned["its run differs from that of another plan"] = self.same
         self.progress("done", 1.0)
         return SearchResult(
             question=question,
             ranked=tuple(self._ranking()),
             considered=self.list.considered,
             pruned=pruned,
-            simulated=len(self.tried),
+            simulated=len(self.tried) - self.same,
             trials=len(self.trials),
             untried=len(left),
             gap=(max(left) - best) / abs(best) if left and best else 0.0,
@@ -170,19 +177,36 @@ class Search:
         )
 
     def _survey(self, candidates: list[Candidate]) -> None:
-        """Simulate the most promising plan of every way to cut the model, for a ranking worth the name."""
-        seen = set()
+        """Simulate the best-bounded plan of every promising way to cut the model, most promising first."""
+        first: dict[object, Candidate] = {}
+        capacity_asked = self.question.objective == "goodput-per-gpu"
         for candidate in candidates:
-            key = (candidate.kind, candidate.plan.gpus_used if self.question.objective != "goodput-per-gpu" else 0)
-            if key in seen:
+            first.setdefault((candidate.kind, 0 if capacity_asked else candidate.plan.gpus_used), candidate)
+        order = sorted(first.values(), key=self._promise, reverse=True)
+        for candidate in order:
+            if self.ranked and (
+                self.late(0.5) or (capacity_asked and self._promise(candidate) < INTERESTING * self._promise(order[0]))
+            ):
+                break
+            if self.ranked and not capacity_asked and not self.beats(candidate.bound):
                 continue
-            seen.add(key)
-            best = self.best_score
-            if self.ranked and self.question.objective == "goodput-per-gpu" and candidate.bound < INTERESTING * best:
-                break
-            if self.ranked and (self.late(0.6) or (self.question.objective == "fewest-gpus" and candidate.bound < best)):
-                break
             self._try(candidate, beat=False)
+
+    def _promise(self, candidate: Candidate) -> float:
+        """What the plan is guessed to score: its bound where the objective is not a rate."""
+        if self.question.objective != "goodput-per-gpu":
+            return candidate.bound
+        pool = candidate.plan.pools[0]
+        return self.estimate(candidate) * pool.replicas / pool.gpus
+
+    def estimate(self, candidate: Candidate) -> float:
+        """The rate one replica of the plan is guessed to keep."""
+        if candidate.kind not in self.estimates:
+            model = self.catalogue.step_model(*candidate.kind)
+            self.estimates[candidate.kind] = estimate_rate_per_s(
+                model, candidate.kind[0], self.question.requests, self.question.limits
+            )
+        return self.estimates[candidate.kind]
 
     def _try(self, candidate: Candidate, *, beat: bool) -> None:
         """Simulate a plan and keep it if it is within the limits.
@@ -190,9 +214,22 @@ class Search:
         beat   look at it only at the rate that would make it the best so far
         """
         self.tried.add(candidate.plan)
+        for other, blocks, extremes in self.runs[self._alike(candidate)]:
+            if extremes.same_run(other, blocks, candidate.plan.pools[0], self._blocks(candidate)):
+                self.same += 1
+                return
         found = self.evaluate(candidate, self.best_score if beat and self.ranked else None)
         if found is not None:
             self.ranked.append(found)
+
+    def _alike(self, candidate: Candidate) -> object:
+        """What plans must have in common for one to be a run of the other."""
+        pool = candidate.plan.pools[0]
+        return candidate.kind, pool.policy, pool.replicas
+
+    def _blocks(self, candidate: Candidate) -> int:
+        """KV blocks of the plan's schedulers."""
+        return self.catalogue.memory(candidate.plan.pools[0]).kv_blocks
 
     def evaluate(self, candidate: Candidate, beat: float | None) -> Ranked | None:
         """Simulate a plan; None if it breaks a limit, or does not reach the score to beat."""
@@ -205,21 +242,43 @@ class Search:
                 question.limits,
                 question.seed,
                 at_most_per_s=candidate.rate_bound_per_s * 1.02,
-                at_least_per_s=0.0 if beat is None else beat * plan.gpus_used * (1 + question.tolerance),
+                guess_per_s=self._guess(candidate)
+                if beat is None
+                else beat * plan.gpus_used * (1 + question.tolerance),
+                beat=beat is not None,
                 tolerance=question.tolerance,
             )
             self._note(plan, trials)
+            self._remember(candidate, trials)
             if trial is None or (question.rate_per_s is not None and trial.rate_per_s < question.rate_per_s):
                 return None
             value = trial.goodput_per_s / plan.gpus_used
             return Ranked(plan, value, value, candidate.bound, trial, trial.goodput_per_s)
         energy = question.objective == "energy"
-        trial = attempt(deployment, question.requests, question.demanded_per_s, question.limits, question.seed, energy=energy)
+        trial = attempt(
+            deployment, question.requests, question.demanded_per_s, question.limits, question.seed, energy=energy
+        )
         self._note(plan, [trial])
+        self._remember(candidate, [trial])
         if not trial.meets:
             return None
         value = self._value(plan, trial)
         return Ranked(plan, value, -value, candidate.bound, trial)
+
+    def _guess(self, candidate: Candidate) -> float:
+        """A rate to start from, no less than what is demanded."""
+        rate = self.estimate(candidate) * candidate.plan.pools[0].replicas
+        return rate if self.question.rate_per_s is None else max(rate, self.question.rate_per_s)
+
+    def _remember(self, candidate: Candidate, trials: list[Trial]) -> None:
+        """Keep how far the runs of the plan went, so that plans with the same runs need none."""
+        every = [trial.extremes for trial in trials]
+        together = Extremes(
+            frozenset().union(*(e.limited for e in every)),
+            max(e.peak_seqs for e in every),
+            max(e.peak_blocks for e in every),
+        )
+        self.runs[self._alike(candidate)].append((candidate.plan.pools[0], self._blocks(candidate), together))
 
     def _value(self, plan: Plan, trial: Trial) -> float:
         """The objective of a plan simulated at the demanded rate, in its own unit."""
@@ -262,7 +321,13 @@ class Search:
         shares = tuple(kind.capacity_per_s for _, _, kind in used)
         deployment = self.catalogue.deployment(plan, shares=shares)
         trial, trials = capacity(
-            deployment, question.requests, question.limits, question.seed, at_most_per_s=mix.capacity_per_s * 1.2, tolerance=question.tolerance
+            deployment,
+            question.requests,
+            question.limits,
+            question.seed,
+            at_most_per_s=mix.capacity_per_s * 1.2,
+            guess_per_s=mix.capacity_per_s,
+            tolerance=question.tolerance,
         )
         self.tried.add(plan)
         self._note(plan, trials)
@@ -300,7 +365,11 @@ class Search:
             trial = ranked.trial
             if question.objective == "goodput-per-gpu" and question.rate_per_s is not None:
                 trial = attempt(
-                    self.catalogue.deployment(ranked.plan), question.requests, question.rate_per_s, question.limits, question.seed
+                    self.catalogue.deployment(ranked.plan),
+                    question.requests,
+                    question.rate_per_s,
+                    question.limits,
+                    question.seed,
                 )
             tie = ranked is not order[0] and ranked.score >= best - question.tolerance * abs(best)
             final.append(replace(ranked, trial=trial, tie=tie))

@@ -63,7 +63,9 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
     """
     requests, cluster = question.requests, catalogue.cluster
     if question.objective == "cost" and cluster.device.price_usd_per_h is None:
-        raise NoFeasiblePlanError(f"objective cost: {cluster.device.name} has no price; give its profile a price_usd_per_h")
+        raise NoFeasiblePlanError(
+            f"objective cost: {cluster.device.name} has no price; give its profile a price_usd_per_h"
+        )
     longest = int((requests.prompt_tokens + requests.output_tokens).max())
     if longest > catalogue.model.max_context_tokens:
         raise NoFeasiblePlanError(
@@ -99,7 +101,12 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
         raise _nothing_left(question, result)
     preferred = {"chunked": 0, "prefill-first": 1, "orca": 2, "static": 3}
     result.candidates.sort(
-        key=lambda c: (-c.bound, preferred[c.plan.pools[0].policy], abs(c.plan.pools[0].token_budget - 2048), -c.plan.pools[0].max_seqs)
+        key=lambda c: (
+            -c.bound,
+            preferred[c.plan.pools[0].policy],
+            abs(c.plan.pools[0].token_budget - 2048),
+            -c.plan.pools[0].max_seqs,
+        )
     )
     return result
 
@@ -118,7 +125,12 @@ def _add_plans(result: Shortlist, question: Question, catalogue: Catalogue, pool
     result.considered += len(counts) - 1
     for count in counts:
         plan = Plan(
-            question.model, question.hardware, question.gpus, (replace(pool, replicas=count),), question.engine, question.router
+            question.model,
+            question.hardware,
+            question.gpus,
+            (replace(pool, replicas=count),),
+            question.engine,
+            question.router,
         )
         bound = _bound(question, catalogue, plan, count * rate_each, busy_s)
         result.candidates.append(Candidate(plan, bound, count * rate_each))
@@ -132,7 +144,11 @@ def _bound(question: Question, catalogue: Catalogue, plan: Plan, rate_bound_per_
     if question.objective == "fewest-gpus":
         return -float(gpus)
     tokens = float(question.requests.output_tokens.sum())
-    span_s = float(question.requests.scaled_to_rate(question.demanded_per_s).arrival_s[-1]) if len(question.requests) > 1 else 0.0
+    span_s = (
+        float(question.requests.scaled_to_rate(question.demanded_per_s).arrival_s[-1])
+        if len(question.requests) > 1
+        else 0.0
+    )
     span_s = max(span_s, len(question.requests) / rate_bound_per_s)
     if question.objective == "cost":
         return -(device.price_usd_per_h or 0.0) * gpus * span_s / 3600 / tokens * 1e6

@@ -7,12 +7,37 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from planner.plan import Pool
 from simulator.deployment import Deployment
 from simulator.log import Log
 from simulator.metrics import Limit, attainment
 from simulator.result import latencies
 from simulator.simulate import Overrun, collect, run
 from simulator.workload import Requests
+
+
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """How far a run went: which limits of the scheduler it felt, and the most sequences and KV blocks in use."""
+
+    limited: frozenset[str] = frozenset()
+    peak_seqs: int = 0
+    peak_blocks: int = 0
+
+    @classmethod
+    def of(cls, log: Log) -> Extremes:
+        """Of a run."""
+        return cls(frozenset(log.limited), log.peak_seqs, log.peak_blocks)
+
+    def same_run(self, old: Pool, old_blocks: int, new: Pool, new_blocks: int) -> bool:
+        """Whether a run of `old` with these extremes is, event for event, a run of `new`, cut and scheduled alike."""
+        if old_blocks != new_blocks and ("kv" in self.limited or new_blocks < self.peak_blocks):
+            return False
+        if old.max_seqs != new.max_seqs and ("seqs" in self.limited or new.max_seqs < self.peak_seqs):
+            return False
+        return old.token_budget == new.token_budget or (
+            "tokens" not in self.limited and new.token_budget > old.token_budget
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +50,7 @@ class Trial:
     output_tokens_per_s   over the same time
     values_s        the statistic each limit speaks of, NaN where the run was stopped early
     mean_tpot_s, mean_e2e_s   over the requests served
+    extremes        what held the schedulers back and the most they had in use
     joules_per_token   energy of the devices in use per output token; NaN where it was not asked for
     """
 
@@ -35,11 +61,18 @@ class Trial:
     values_s: tuple[float, ...]
     mean_tpot_s: float
     mean_e2e_s: float
+    extremes: Extremes
     joules_per_token: float = float("nan")
 
 
 def attempt(
-    deployment: Deployment, requests: Requests, rate_per_s: float, limits: Sequence[Limit], seed: int, *, energy: bool = False
+    deployment: Deployment,
+    requests: Requests,
+    rate_per_s: float,
+    limits: Sequence[Limit],
+    seed: int,
+    *,
+    energy: bool = False,
 ) -> Trial:
     """Simulate the requests, their arrivals stretched to `rate_per_s`.
 
@@ -49,7 +82,13 @@ def attempt(
     count = len(scaled)
     arrival = scaled.arrival_s
 
+    looked_at = 0
+
     def hopeless(log: Log) -> bool:
+        nonlocal looked_at
+        if log.events < looked_at + count // 4:
+            return False
+        looked_at = log.events
         first = np.array(log.first_token_s)
         for limit in limits:
             allowed = _may_exceed(limit, count)
@@ -64,8 +103,8 @@ def attempt(
 
     try:
         log = run(deployment, scaled, seed, stop=hopeless, record=energy)
-    except Overrun:
-        return _failed(rate_per_s, limits)
+    except Overrun as overrun:
+        return _failed(rate_per_s, limits, Extremes.of(overrun.log))
     trial = judge(log, scaled, limits, rate_per_s)
     if energy and trial.output_tokens_per_s:
         totals = collect(deployment, scaled, log, seed).totals
@@ -73,10 +112,10 @@ def attempt(
     return trial
 
 
-def _failed(rate_per_s: float, limits: Sequence[Limit]) -> Trial:
+def _failed(rate_per_s: float, limits: Sequence[Limit], extremes: Extremes) -> Trial:
     """A run that was stopped or served nobody."""
     nan = float("nan")
-    return Trial(rate_per_s, False, 0.0, 0.0, tuple(nan for _ in limits), nan, nan)
+    return Trial(rate_per_s, False, 0.0, 0.0, tuple(nan for _ in limits), nan, nan, extremes)
 
 
 def judge(log: Log, requests: Requests, limits: Sequence[Limit], rate_per_s: float) -> Trial:
@@ -85,7 +124,7 @@ def judge(log: Log, requests: Requests, limits: Sequence[Limit], rate_per_s: flo
     ttft, tpot, e2e = latencies(log.arrival_s, first, finish, requests.output_tokens)
     served = np.isfinite(finish)
     if not served.any():
-        return _failed(rate_per_s, limits)
+        return _failed(rate_per_s, limits, Extremes.of(log))
     makespan_s = float(finish[served].max() - log.arrival_s.min())
     reached = attainment(ttft, tpot, e2e, limits)
     return Trial(
@@ -96,6 +135,7 @@ def judge(log: Log, requests: Requests, limits: Sequence[Limit], rate_per_s: flo
         values_s=reached.values_s,
         mean_tpot_s=float(np.nanmean(tpot)) if np.isfinite(tpot).any() else 0.0,
         mean_e2e_s=float(e2e[served].mean()),
+        extremes=Extremes.of(log),
     )
 
 
@@ -113,14 +153,16 @@ def capacity(
     seed: int,
     *,
     at_most_per_s: float,
-    at_least_per_s: float = 0.0,
+    guess_per_s: float,
+    beat: bool = False,
     tolerance: float = 0.02,
 ) -> tuple[Trial | None, list[Trial]]:
-    """The best trial within the limits, and all trials made, by bisection with the same requests at every rate.
+    """The trial at the highest rate within the limits, and all trials made, by bisection with the same requests at every rate.
 
-    at_most_per_s    a rate no plan of this kind can keep up with
-    at_least_per_s   a rate worth beating: if the limits break there, the answer is None after one trial
-    tolerance        relative width at which the bisection ends
+    at_most_per_s   a rate no plan of this kind can keep up with
+    guess_per_s     where to start
+    beat            whether breaking a limit at the guess settles it: the answer then is None after one trial
+    tolerance       relative width at which the bisection ends
     """
     trials: list[Trial] = []
 
@@ -129,24 +171,29 @@ def capacity(
         return trials[-1].meets
 
     low, high = 0.0, at_most_per_s
-    if at_least_per_s > 0:
-        if at_least_per_s >= high or not meets(at_least_per_s):
-            return None, trials
-        low = at_least_per_s
-    else:
-        # Find a rate that is kept, halving from the bound: limits that cannot be kept end this in a few trials.
-        rate = high * 0.7
-        while not meets(rate):
-            high = rate
-            rate /= 2
-            if rate < at_most_per_s / 64:
-                return None, trials
+    rate = min(guess_per_s, at_most_per_s)
+    if meets(rate):
         low = rate
+        step = 1.1
+        while low < high and meets(min(high, low * step)):
+            low = min(high, low * step)
+            step = min(2.0, step * step)
+        high = min(high, low * step)
+    elif beat:
+        return None, trials
+    else:
+        step = 1.15
+        while not low:
+            high, rate = rate, rate / step
+            step = min(2.0, step * step)
+            if rate < at_most_per_s / 256:
+                return None, trials
+            if meets(rate):
+                low = rate
     while high - low > tolerance * low:
         middle = (low + high) / 2
         if meets(middle):
             low = middle
         else:
             high = middle
-    kept = [trial for trial in trials if trial.meets]
-    return max(kept, key=lambda trial: trial.goodput_per_s), trials
+    return max((trial for trial in trials if trial.meets), key=lambda trial: trial.goodput_per_s), trials

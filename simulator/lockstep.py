@@ -18,11 +18,23 @@ class LockstepReplica:
     together for as long as the same group stays the slowest: its affine step times then are the replica's.
     """
 
-    __slots__ = ("_contexts", "_first", "_slope", "_start", "_steps", "end", "groups", "index", "log", "model", "now")
+    __slots__ = (
+        "_contexts",
+        "_first",
+        "_slope",
+        "_start",
+        "_steps",
+        "end",
+        "index",
+        "log",
+        "model",
+        "now",
+        "schedulers",
+    )
 
     def __init__(self, model: StepModel, schedulers: Sequence[Scheduler], log: Log, index: int) -> None:
         self.model = model
-        self.groups = schedulers
+        self.schedulers = schedulers
         self.log = log
         self.index = index
         self.now = 0.0
@@ -36,14 +48,14 @@ class LockstepReplica:
     @property
     def outstanding_tokens(self) -> int:
         """The load a router sees."""
-        return sum(scheduler.outstanding_tokens for scheduler in self.groups)
+        return sum(scheduler.outstanding_tokens for scheduler in self.schedulers)
 
     def enqueue(self, request: int, at_s: float) -> None:
         """A request arrives at the group with the fewest unfinished requests."""
         log = self.log
         log.replica[request] = self.index
-        lane = min(range(len(self.groups)), key=lambda i: self.groups[i].unfinished)
-        scheduler = self.groups[lane]
+        lane = min(range(len(self.schedulers)), key=lambda i: self.schedulers[i].unfinished)
+        scheduler = self.schedulers[lane]
         if not scheduler.accepts(request):
             log.rejected.append(request)
             return
@@ -67,7 +79,7 @@ class LockstepReplica:
         busy = prefills = False
         settled = True
         batches = []
-        for lane, scheduler in enumerate(self.groups):
+        for lane, scheduler in enumerate(self.schedulers):
             if scheduler.form():
                 busy = True
             if scheduler.preempted:
@@ -86,7 +98,7 @@ class LockstepReplica:
         self._slope = 0.0
         self._steps = 1
         if settled and not prefills:
-            steps = min(scheduler.settled_steps() for scheduler in self.groups if scheduler.decode_runs)
+            steps = min(scheduler.settled_steps() for scheduler in self.schedulers if scheduler.decode_runs)
             if steps > 1:
                 self._steps, self._slope = self._affine_steps(steps)
         self.end = start + self._steps * (self._first + self._slope * (self._steps - 1) / 2)
@@ -115,7 +127,7 @@ class LockstepReplica:
         end = self.now = self.end
         log.events += 1
         ended: list[int] = []
-        for lane, scheduler in enumerate(self.groups):
+        for lane, scheduler in enumerate(self.schedulers):
             if not scheduler.decode_runs and not scheduler.chunks:
                 continue
             if log.segments is not None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.scheduler import Scheduler
 
+
 class Log:
     """Times by request index, NaN until known; segments (rows of simulator.result.STEP_COLUMNS) when `record` is set.
 
+    limited, peak_seqs, peak_blocks   which of "kv", "seqs" and "tokens" ever held a scheduler back, and the most
+                                      sequences and KV blocks one had in use
     spans   (request, replica, lane, first token, tokens) of what preempted requests emitted between preemptions
     """
 
@@ -23,6 +26,9 @@ class Log:
         "first_schedule_s",
         "first_token_s",
         "lane",
+        "limited",
+        "peak_blocks",
+        "peak_seqs",
         "preemptions",
         "rejected",
         "replica",
@@ -45,8 +51,18 @@ class Log:
         self.segments = array("d") if record else None
         self.spans: list[tuple[int, int, int, float, int]] = []
         self.events = 0
+        self.limited: set[str] = set()
+        self.peak_seqs = 0
+        self.peak_blocks = 0
         self._resumed_s: dict[int, float] = {}
         self._spanned: dict[int, int] = {}
+
+    def extremes(self, schedulers: Iterable[Scheduler]) -> None:
+        """Note what held the schedulers back and the most they had in use."""
+        for scheduler in schedulers:
+            self.limited |= scheduler.limited
+            self.peak_seqs = max(self.peak_seqs, scheduler.peak_seqs)
+            self.peak_blocks = max(self.peak_blocks, scheduler.kv_blocks - scheduler.least_free)
 
     def scheduled(self, scheduler: Scheduler, at_s: float) -> None:
         """Note the requests whose first chunk starts in the formed step."""
@@ -82,14 +98,29 @@ class Log:
     def last_spans(self, outputs: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int, int, float, int]]:
         """The spans of all preempted requests, their last ones included."""
         last = [
-            (request, self.replica[request], self.lane[request], self._resumed_s[request], int(outputs[request]) - emitted)
+            (
+                request,
+                self.replica[request],
+                self.lane[request],
+                self._resumed_s[request],
+                int(outputs[request]) - emitted,
+            )
             for request, emitted in self._spanned.items()
             if request in self._resumed_s and self.finish_s[request] == self.finish_s[request]
         ]
         return self.spans + last
 
     def record(
-        self, replica: int, lane: int, start_s: float, end_s: float, steps: int, slope_s: float, running: int, context: int, s: Scheduler
+        self,
+        replica: int,
+        lane: int,
+        start_s: float,
+        end_s: float,
+        steps: int,
+        slope_s: float,
+        running: int,
+        context: int,
+        s: Scheduler,
     ) -> None:
         """Append the steps that the scheduler has formed and not yet taken to the segments."""
         tokens = pairs = 0

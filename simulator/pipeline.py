@@ -19,11 +19,27 @@ class PipelineReplica:
     `commit` returns finish later, at their `finish_s` in the log.
     """
 
-    __slots__ = ("_free_at", "_leaving", "_next", "_ready", "end", "index", "lanes", "log", "model", "now")
+    __slots__ = (
+        "_done",
+        "_free_at",
+        "_horizon_s",
+        "_leaving",
+        "_left",
+        "_next",
+        "_ready",
+        "_runs",
+        "_transfers",
+        "end",
+        "index",
+        "log",
+        "model",
+        "now",
+        "schedulers",
+    )
 
     def __init__(self, model: StepModel, schedulers: Sequence[Scheduler], log: Log, index: int) -> None:
         self.model = model
-        self.lanes = schedulers
+        self.schedulers = schedulers
         self.log = log
         self.index = index
         self.now = 0.0
@@ -32,11 +48,17 @@ class PipelineReplica:
         self._ready = [0.0] * len(schedulers)  # when a scheduler's last step leaves the last stage
         self._leaving = [0] * len(schedulers)  # requests that finish with it
         self._next = 0
+        self._horizon_s = -inf
+        # While a scheduler's batch cannot change, its steps are taken from affine stage times and told to it later.
+        self._left = [0] * len(schedulers)  # steps still to start of the run
+        self._done = [0] * len(schedulers)  # steps started
+        self._runs: list[list[tuple[float, float]]] = [[] for _ in schedulers]  # first and slope by stage
+        self._transfers = [0.0] * len(schedulers)
 
     @property
     def outstanding_tokens(self) -> int:
         """The load a router sees."""
-        return sum(scheduler.outstanding_tokens for scheduler in self.lanes)
+        return sum(scheduler.outstanding_tokens for scheduler in self.schedulers)
 
     def enqueue(self, request: int, at_s: float) -> None:
         """A request arrives at the scheduler with the fewest unfinished requests."""
@@ -44,14 +66,17 @@ class PipelineReplica:
         log.replica[request] = self.index
         unfinished = [
             scheduler.unfinished + (leaving if ready > at_s else 0)
-            for scheduler, leaving, ready in zip(self.lanes, self._leaving, self._ready, strict=True)
+            for scheduler, leaving, ready in zip(self.schedulers, self._leaving, self._ready, strict=True)
         ]
         lane = unfinished.index(min(unfinished))
-        scheduler = self.lanes[lane]
+        scheduler = self.schedulers[lane]
         if not scheduler.accepts(request):
             log.rejected.append(request)
             return
         log.lane[request] = lane
+        if self._left[lane] and not scheduler.waiting:
+            scheduler.advance(self._done[lane])
+            self._left[lane] = 0
         if not scheduler.has_work:
             self._ready[lane] = max(self._ready[lane], at_s)
         scheduler.enqueue(request)
@@ -59,8 +84,10 @@ class PipelineReplica:
 
     def plan(self, horizon_s: float) -> float:
         """Choose the scheduler whose step starts next; the time it starts, inf if there is nothing to do."""
+        # What may arrive unannounced forbids to look ahead.
+        self._horizon_s = horizon_s if horizon_s < inf else -inf
         best = inf
-        for lane, scheduler in enumerate(self.lanes):
+        for lane, scheduler in enumerate(self.schedulers):
             if self._ready[lane] < best and scheduler.has_work:
                 best = self._ready[lane]
                 self._next = lane
@@ -71,7 +98,10 @@ class PipelineReplica:
         """Start the chosen scheduler's step; the requests it will finish."""
         lane = self._next
         now = self.now = self.end
-        scheduler, log, model = self.lanes[lane], self.log, self.model
+        scheduler, log, model = self.schedulers[lane], self.log, self.model
+        free_at = self._free_at
+        if self._left[lane]:
+            return self._run_on(lane, now)
         scheduler.form()
         log.events += 1
         if scheduler.preempted:
@@ -82,16 +112,57 @@ class PipelineReplica:
         items = [chunk[1:] for chunk in scheduler.chunks]
         transfer = model.transfer[running + sum(new for new, _ in items)]
         at = now - transfer
-        free_at = self._free_at
         for stage, busy in enumerate(model.stages_s(running, context, items)):
             at = max(at + transfer, free_at[stage]) + busy
             free_at[stage] = at
         if log.segments is not None:
             log.record(self.index, lane, now, at, 1, 0.0, running, context, scheduler)
         log.prefilled(scheduler, at)
-        finished = scheduler.advance(1)
         self._ready[lane] = at
+        if not items and scheduler.settled and log.segments is None:
+            self._runs[lane], limit = model.stages_run(running, context)
+            steps = int(min(scheduler.settled_steps(), limit))
+            if steps > 1:
+                self._transfers[lane] = transfer
+                self._done[lane] = 1
+                self._left[lane] = steps - 1
+                self._leaving[lane] = 0
+                return ()
+        return self._finish(lane, 1, at)
+
+    def _run_on(self, lane: int, start_s: float) -> Sequence[int]:
+        """Start a step of a run, and those that follow until a run ends, a batch has to be formed, or a request may arrive."""
+        free_at, ready, left, done = self._free_at, self._ready, self._left, self._done
+        busy = [i for i, scheduler in enumerate(self.schedulers) if scheduler.has_work]
+        horizon_s = self._horizon_s
+        while True:
+            step = done[lane]
+            transfer = self._transfers[lane]
+            at = start_s - transfer
+            for stage, (first, slope) in enumerate(self._runs[lane]):
+                at += transfer
+                if free_at[stage] > at:
+                    at = free_at[stage]
+                at += first + slope * step
+                free_at[stage] = at
+            ready[lane] = at
+            done[lane] = step + 1
+            left[lane] -= 1
+            if not left[lane]:
+                return self._finish(lane, step + 1, at)
+            best = inf
+            for i in busy:
+                if ready[i] < best:
+                    best = ready[i]
+                    lane = i
+            start_s = max(best, free_at[0])
+            if start_s >= horizon_s or not left[lane]:
+                return ()
+
+    def _finish(self, lane: int, steps: int, at_s: float) -> Sequence[int]:
+        """Tell the scheduler the steps it has taken, the last of which ends at `at_s`."""
+        finished = self.schedulers[lane].advance(steps)
         self._leaving[lane] = len(finished)
         for request in finished:
-            log.finish_s[request] = at
+            self.log.finish_s[request] = at_s
         return finished

@@ -47,11 +47,26 @@ class Replica:
     end     when the planned steps end; inf when idle
     """
 
-    __slots__ = ("_context", "_first", "_running", "_slope", "_start", "_steps", "end", "index", "log", "model", "now", "scheduler")
+    __slots__ = (
+        "_context",
+        "_first",
+        "_running",
+        "_slope",
+        "_start",
+        "_steps",
+        "end",
+        "index",
+        "log",
+        "model",
+        "now",
+        "scheduler",
+        "schedulers",
+    )
 
     def __init__(self, model: StepModel, schedulers: Sequence[Scheduler], log: Log, index: int) -> None:
         self.model = model
-        (self.scheduler,) = schedulers
+        self.schedulers = schedulers
+        self.scheduler = schedulers[0]
         self.log = log
         self.index = index
         self.now = 0.0
@@ -126,7 +141,9 @@ class Replica:
         end = self.now = self.end
         log.events += 1
         if log.segments is not None:
-            log.record(self.index, 0, self._start, end, self._steps, self._slope, self._running, self._context, scheduler)
+            log.record(
+                self.index, 0, self._start, end, self._steps, self._slope, self._running, self._context, scheduler
+            )
         if scheduler.chunks:
             log.prefilled(scheduler, end)
         finished = scheduler.advance(self._steps)

@@ -79,7 +79,10 @@ class Scheduler:
         "free",
         "generated",
         "kv_blocks",
+        "least_free",
+        "limited",
         "outputs",
+        "peak_seqs",
         "preempted",
         "prompts",
         "running",
@@ -107,6 +110,9 @@ class Scheduler:
         self.settled = True  # whether the next step can differ only through an arrival, a completion or a KV shortage
         self.generated: dict[int, int] = {}  # tokens emitted before the last preemption
         self.preempted: list[int] = []  # by the last call of form()
+        self.limited: set[str] = set()  # which of "kv", "seqs" and "tokens" ever kept a request out or cut a prompt
+        self.peak_seqs = 0
+        self.least_free = kv_blocks
         self._block = config.block_tokens
         self._admit = POLICIES[config.policy]
         self._needs = [0] * config.block_tokens  # sequences that need a block when steps % block_tokens is the index
@@ -183,6 +189,8 @@ class Scheduler:
         """Take `steps` steps of the formed kind (1 if it has chunks); the requests that finished, in no special order."""
         finished: list[int] = []
         block = self._block
+        if self.chunks and self.running + len(self.chunks) > self.peak_seqs:
+            self.peak_seqs = self.running + len(self.chunks)
         if self.decode_runs:
             if steps > 1 and not self._padded:
                 cycles, rest = divmod(steps - 1, block)
@@ -192,6 +200,8 @@ class Scheduler:
                 taken = cycles * self.running
                 taken += sum(needs[begin:end]) if end <= block else sum(needs[begin:]) + sum(needs[: end - block])
                 self.free -= taken
+            if self.free < self.least_free:
+                self.least_free = self.free
             now = self.steps = self.steps + steps
             heap = self._heap
             finish_at = self._finish_at
@@ -300,6 +310,7 @@ class Scheduler:
         if needs[index] <= self.free:
             self.free -= needs[index]
             return False
+        self.limited.add("kv")
         while needs[index] > self.free:
             self._preempt_last()
         self.free -= needs[index]
@@ -322,14 +333,20 @@ def _chunked(s: Scheduler) -> None:
         if done + new < target:
             return
         partial = -1
-    if shortage or partial >= 0:
+    if shortage or partial >= 0 or not s.waiting:
         return
     room = s.config.max_seqs - s.running - len(s.chunks)
-    while left > 0 and room > 0 and s.waiting:
+    while s.waiting:
+        if left <= 0 or room <= 0:
+            s.limited.add("tokens" if left <= 0 else "seqs")
+            return
         target = s._head_target()
         blocks = -(-target // s._block)
         if blocks > s.free:
+            s.limited.add("kv")
             return
+        if target > left:
+            s.limited.add("tokens")
         request = s._admit_head(blocks)
         new = min(target, left)
         s.chunks.append((request, new, 0))
@@ -340,10 +357,11 @@ def _chunked(s: Scheduler) -> None:
 def _whole_prompts(s: Scheduler, left: int, blocks_each: int | None = None) -> None:
     """Admit whole prompts, first come first served, while tokens, sequences and blocks last."""
     room = s.config.max_seqs - s.running
-    while room > 0 and s.waiting:
+    while s.waiting:
         target = s._head_target()
         blocks = blocks_each or -(-target // s._block)
-        if target > left or blocks > s.free:
+        if room <= 0 or target > left or blocks > s.free:
+            s.limited.add("seqs" if room <= 0 else "tokens" if target > left else "kv")
             return
         s.chunks.append((s._admit_head(blocks), target, 0))
         left -= target

@@ -21,11 +21,15 @@ from simulator.workload import Requests, Workload
 Progress = Callable[[int], None]
 Stop = Callable[[Log], bool]
 #: Scheduling decisions a replica takes between two looks at the clock when nobody else can be affected by them.
-STRIDE = 4096
+STRIDE = 512
 
 
 class Overrun(Exception):
-    """A run that was stopped because it had become pointless."""
+    """A run that was stopped because it had become pointless; `log` is what had happened."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(log)
+        self.log = log
 
 
 def simulate(
@@ -68,24 +72,41 @@ def run(
     log = Log(len(requests), record=record)
     prompts, outputs = requests.prompt_tokens.tolist(), requests.output_tokens.tolist()
     replicas = [spec.start(prompts, outputs, log, index) for index, spec in enumerate(deployment.replicas)]
-    shares = np.array([spec.share for spec in deployment.replicas], dtype=float)
     env = simpy.Environment()
-    router = deployment.router
     log.arrival_s = requests.arrival_s
 
     def look(events: int) -> None:
         if progress is not None:
             progress(events)
         if stop is not None and stop(log):
-            raise Overrun
+            raise Overrun(log)
 
+    try:
+        _serve(env, deployment, workload, replicas, rng, log, look)
+    finally:
+        log.extremes(scheduler for replica in replicas for scheduler in replica.schedulers)
+    return log
+
+
+def _serve(
+    env: simpy.Environment,
+    deployment: Deployment,
+    workload: Workload,
+    replicas: Sequence[AnyReplica],
+    rng: np.random.Generator,
+    log: Log,
+    look: Progress,
+) -> None:
+    """Let the replicas serve the workload, each for itself where nothing joins them."""
+    requests, router = workload.requests, deployment.router
+    shares = np.array([spec.share for spec in deployment.replicas], dtype=float)
     if workload.concurrency is None and (router.assign is not None or len(replicas) == 1):
         assigned = router.assign(len(requests), shares, rng) if router.assign else np.zeros(len(requests), dtype=int)
         for index, replica in enumerate(replicas):
             mine = np.flatnonzero(assigned == index)
             env.process(_alone(env, replica, requests.arrival_s[mine].tolist(), mine.tolist(), look))
         env.run()
-        return log
+        return
     if router.assign is not None:
         fixed = iter(router.assign(len(requests), shares, rng).tolist())
         route = lambda: next(fixed)  # noqa: E731
@@ -97,7 +118,6 @@ def run(
     together.start()
     env.run()
     log.arrival_s = np.array(together.arrival_s)
-    return log
 
 
 def _alone(
@@ -280,7 +300,9 @@ def collect(deployment: Deployment, workload: Workload | Requests, log: Log, see
     return Result(frame, steps, spans, totals)
 
 
-def _consumption(deployment: Deployment, table: NDArray[np.float64] | None, makespan_s: float) -> tuple[float, float, float]:
+def _consumption(
+    deployment: Deployment, table: NDArray[np.float64] | None, makespan_s: float
+) -> tuple[float, float, float]:
     """FLOPs, bytes and joules of the run; NaN where the steps were not recorded."""
     nan = float("nan")
     if table is None or any(spec.work is None for spec in deployment.replicas):

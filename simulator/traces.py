@@ -423,7 +423,7 @@ def _arrival_statistics(arrival_s: Floats) -> dict[str, Any]:
 def _dispersion_cv(arrival_s: Floats, window_s: float) -> float:
     """The cv of the gaps of a renewal process whose counts per window have the same variance over mean.
 
-    Var N(t) / E N(t) tends to cv**2 for long windows (Cox, Renewal Theory, 1962, section 4.2).
+    Var N(t) / E N(t) tends to cv**2 for long windows (Cox, Renewal Theory, 1962).
     """
     window = np.floor((arrival_s - arrival_s[0]) / window_s)
     windows = window[-1]  # the last one is cut off by the end of the trace and left out

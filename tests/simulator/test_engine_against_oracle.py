@@ -26,7 +26,9 @@ __import__("sys").modules["oracle"] = oracle
 spec.loader.exec_module(oracle)
 
 MAX_TOKENS, MAX_SEQS = 512, 32
-ENGINE = Engine(name="test", source="test", step_overhead_s=1e-3, sequence_overhead_s=1e-5, memory_fraction=0.9, reserve_bytes=0.0)
+ENGINE = Engine(
+    name="test", source="test", step_overhead_s=1e-3, sequence_overhead_s=1e-5, memory_fraction=0.9, reserve_bytes=0.0
+)
 
 
 def tables(scale: float, knots: tuple[float, ...]) -> Tables:
@@ -108,7 +110,9 @@ DEVICE = load_device("h100-sxm")
 
 @CHECKED
 @given(cases(), st.sampled_from([(), (40.0,), (10.0, 100.0)]))
-def test_one_scheduler(case: tuple[SchedulerConfig, int, list[float], list[int], list[int]], knots: tuple[float, ...]) -> None:
+def test_one_scheduler(
+    case: tuple[SchedulerConfig, int, list[float], list[int], list[int]], knots: tuple[float, ...]
+) -> None:
     config, blocks, arrivals, prompts, outputs = case
     steps = model(knots=knots)
     deployment = Deployment([ReplicaSpec(steps, Mapping(), config, blocks, DEVICE)])
@@ -135,7 +139,13 @@ def test_pipeline(case: tuple[SchedulerConfig, int, list[float], list[int], list
     deployment = Deployment([ReplicaSpec(steps, Mapping(pp=stages), config, blocks // stages, DEVICE)])
     log = run(deployment, requests_of(arrivals, prompts, outputs))
     expected = oracle.run_oracle_pipeline(
-        oracle_config(config, blocks), stages, steps.stages_s, lambda tokens: steps.transfer[tokens], arrivals, prompts, outputs
+        oracle_config(config, blocks),
+        stages,
+        steps.stages_s,
+        lambda tokens: steps.transfer[tokens],
+        arrivals,
+        prompts,
+        outputs,
     )
     same(log, expected)
 
@@ -149,7 +159,10 @@ def test_attention_data_parallel(
     steps = model(knots=knots)
     deployment = Deployment([ReplicaSpec(steps, Mapping(attention_dp=groups, ep=groups), config, blocks, DEVICE)])
     log = run(deployment, requests_of(arrivals, prompts, outputs))
-    same(log, oracle.run_oracle_lockstep(oracle_config(config, blocks), groups, steps.lockstep_s, arrivals, prompts, outputs))
+    same(
+        log,
+        oracle.run_oracle_lockstep(oracle_config(config, blocks), groups, steps.lockstep_s, arrivals, prompts, outputs),
+    )
 
 
 @pytest.mark.parametrize("router", ["least-tokens", "power-of-two", "round-robin"])
@@ -157,7 +170,11 @@ def test_one_replica_behind_any_router(router: str) -> None:
     from simulator.routers import ROUTERS
 
     rng = np.random.default_rng(3)
-    requests = requests_of(np.cumsum(rng.exponential(0.01, 200)).tolist(), rng.integers(1, 60, 200).tolist(), rng.integers(1, 60, 200).tolist())
+    requests = requests_of(
+        np.cumsum(rng.exponential(0.01, 200)).tolist(),
+        rng.integers(1, 60, 200).tolist(),
+        rng.integers(1, 60, 200).tolist(),
+    )
     config = SchedulerConfig(max_seqs=8, token_budget=64, max_context_tokens=600)
     spec = ReplicaSpec(model(), Mapping(), config, 500, DEVICE)
     alone = run(Deployment([spec]), requests)

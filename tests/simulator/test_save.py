@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -54,11 +56,12 @@ def test_what_is_saved_reads_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "plan.yaml"])
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "requests.parquet"), RESULT.requests)
-    table = pd.read_csv(folder / "requests.csv", float_precision="round_trip")
-    assert list(table.columns) == list(RESULT.requests.columns)
-    assert table["arrival_s"].tolist() == [0.0, 0.1 + 0.2]
-    assert table["slo_class"].tolist() == ["chat, short"] * 2
-    assert table["ttft_s"].isna().tolist() == [False, True]
+    with (folder / "requests.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == list(RESULT.requests.columns)
+    assert [float(line["arrival_s"]) for line in table] == [0.0, 0.1 + 0.2]
+    assert [line["slo_class"] for line in table] == ["chat, short"] * 2
+    assert [line["ttft_s"] for line in table] == ["1", ""]
     numbers = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert numbers["overall"]["rejected"] == 1
     assert numbers["mfu"] is None
@@ -106,7 +109,7 @@ def test_files_are_replaced_together_and_others_stay(tmp_path: Path) -> None:
 def test_a_failure_between_two_files_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     (tmp_path / "a").write_text("old a")
     (tmp_path / "c").write_text("old c")
-    real, calls = save.os.replace, []
+    real, calls = os.replace, []
 
     def replace(source: Path, target: Path) -> None:
         calls.append(target)
@@ -114,7 +117,7 @@ def test_a_failure_between_two_files_is_taken_back(tmp_path: Path, monkeypatch: 
             raise PermissionError(1, "Operation not permitted")
         real(source, target)
 
-    monkeypatch.setattr(save.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(SaveError, match="not permitted"):
         write_files(tmp_path, {name: save._text("new") for name in "abc"})
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old a", "c": "old c"}

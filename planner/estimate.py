@@ -1,0 +1,57 @@
+"""A guess at the rate a replica keeps within its limits, from a fluid model: where to look first, never what to believe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hwmodels.mapping import Mapping
+from hwmodels.step_model import StepModel
+from simulator.metrics import Limit
+from simulator.workload import Requests
+
+#: A p99 of time per output token is about this many times its mean in chat traffic (seen in simulations).
+TAIL = 1.6
+#: Prefill keeps its latency up to about this share of a replica's time.
+PREFILL_SHARE = 0.8
+
+
+def estimate_rate_per_s(model: StepModel, mapping: Mapping, requests: Requests, limits: Sequence[Limit]) -> float:
+    """Requests per second of one replica.
+
+    With rate r and prefill time g a request, decodes get the share 1 - r g of the time: TPOT = step(n) / (1 - r g) with
+    n = r d TPOT sequences for d tokens a request. The rate grows until TPOT reaches its limit or prefill its share.
+    """
+    prompt = int(requests.prompt_tokens.mean())
+    decodes = max(1.0, float(requests.output_tokens.mean() - 1))
+    context = prompt + int(decodes / 2)
+    whole = [(min(prompt, model.max_tokens), 0)]
+    groups, lanes = mapping.attention_dp, mapping.pp * mapping.attention_dp
+
+    def through(n: int) -> tuple[float, float]:
+        """Time of a decode step through all stages, and in the slowest."""
+        n = min(max(n, 1), model.max_seqs)
+        if groups > 1:
+            step = model.lockstep_s([(n, n * context, [])] * groups)
+            return step, step
+        stages = model.stages_s(n, n * context, [])
+        return sum(stages), max(stages)
+
+    prefill_s = model.lockstep_s([(0, 0, whole)] * groups) / groups if groups > 1 else max(model.stages_s(0, 0, whole))
+    most_tpot_s = min((limit.seconds / TAIL for limit in limits if limit.metric == "tpot"), default=np.inf)
+    rate, kept = 0.05 / max(prefill_s, 1e-9), 0.0
+    for _ in range(60):
+        left = 1 - rate * prefill_s
+        if left < 1 - PREFILL_SHARE:
+            break
+        tpot_s = through(1)[0]
+        for _ in range(12):
+            n = round(rate * decodes * tpot_s / lanes)
+            latency, slowest = through(n)
+            tpot_s = max(latency, slowest * (mapping.pp if n else 1)) / left
+        if tpot_s > most_tpot_s or rate * decodes * tpot_s / lanes > model.max_seqs:
+            break
+        kept = rate
+        rate *= 1.1
+    return max(kept, 1e-3 / max(prefill_s, 1e-9))
