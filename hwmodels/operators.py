@@ -271,7 +271,8 @@ def expected_active_experts(experts_here: float, rows: Array, experts: int, top_
     experts_here * (1 - (1 - top_k/experts)^tokens), never more than the routed rows.
     """
     touched = experts_here * -np.expm1(total_tokens * np.log1p(-min(top_k / experts, 1 - 1e-12)))
-    return np.minimum(touched, np.maximum(rows, 0))
+    active: Array = np.minimum(touched, np.maximum(rows, 0))
+    return active
 
 
 def busiest_rank_rows(rows: Array, ranks: int) -> Array:
@@ -284,7 +285,8 @@ def busiest_rank_rows(rows: Array, ranks: int) -> Array:
     if ranks == 1:
         return rows
     spread = np.sqrt(rows * (1 - 1 / ranks) * 2 * np.log(ranks))
-    return np.minimum(rows + spread, rows * ranks)
+    busiest: Array = np.minimum(rows + spread, rows * ranks)
+    return busiest
 
 
 def expert_feed_forward(

@@ -162,7 +162,7 @@ def _dense(grid: Array, values: Array) -> list[float]:
     rising = np.maximum.accumulate(values)
     dense = np.interp(np.arange(int(grid[-1]) + 1), grid, rising)
     dense[0] = 0.0
-    return dense.tolist()  # type: ignore[no-any-return]
+    return dense.tolist()
 
 
 def _pieces(rows: Array, candidates: Array, values: Array, dense: Callable[[Array], list[float]]) -> Pieces:

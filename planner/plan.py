@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Pool:
     """Replicas that are cut, kept and scheduled alike.

@@ -59,7 +59,7 @@ def placement_broken(mapping: Mapping, cluster: Cluster) -> str | None:
     node = cluster.gpus_per_node
     if cluster.nodes > 1 and mapping.gpus > node and mapping.gpus % node:
         return "a replica larger than a node fills nodes"
-    if mapping.tp > node and mapping.tp % node or mapping.tp <= node and mapping.gpus > node and node % mapping.tp:
+    if (mapping.tp > node and mapping.tp % node) or (mapping.tp <= node and mapping.gpus > node and node % mapping.tp):
         return "a tensor-parallel group does not straddle nodes"
     return None
 

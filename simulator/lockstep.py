@@ -14,16 +14,28 @@ from simulator.scheduler import Scheduler
 class LockstepReplica:
     """Attention groups of one replica; the same interface as Replica.
 
-    A request joins the group with the fewest unfinished requests. While no group's batch can change, steps are taken
-    together for as long as the same group stays the slowest: its affine step times then are the replica's.
+    A request joins the group with the fewest unfinished requests. Steps are counted in one number, `_taken`. While a
+    group's batch cannot change, its step time is affine in that number, so the group is not touched; it is told the
+    steps it took when its run ends or a request joins it. Steps are taken together for as long as no run ends and the
+    same group stays the slowest.
     """
 
     __slots__ = (
-        "_contexts",
+        "_base",
+        "_begun",
+        "_changed",
+        "_context",
+        "_ends",
         "_first",
+        "_rise",
+        "_running",
+        "_sampled",
         "_slope",
         "_start",
         "_steps",
+        "_taken",
+        "_tokens",
+        "_unfinished",
         "end",
         "index",
         "log",
@@ -39,22 +51,31 @@ class LockstepReplica:
         self.index = index
         self.now = 0.0
         self.end = inf
+        self._start = self._first = self._slope = 0.0
         self._steps = 0
-        self._start = 0.0
-        self._first = 0.0
-        self._slope = 0.0
-        self._contexts: list[tuple[int, int]] = []
+        self._taken = 0
+        groups = len(schedulers)
+        self._unfinished = [0] * groups
+        self._changed = set(range(groups))  # groups whose batch has to be formed anew
+        self._begun = [0] * groups  # `_taken` when the group's batch was formed
+        self._ends = [inf] * groups  # `_taken` when its run ends; inf when it idles
+        self._base = [0.0] * groups  # its step time is base + rise * taken
+        self._rise = [0.0] * groups
+        self._running = [0] * groups  # its decoding sequences
+        self._context = [0] * groups  # and the tokens they attended to in the first step of the run
+        self._tokens = [0] * groups
+        self._sampled = [0] * groups
 
     @property
     def outstanding_tokens(self) -> int:
-        """The load a router sees."""
+        """The load a router sees; tokens cached since a group's batch last changed are not in it yet."""
         return sum(scheduler.outstanding_tokens for scheduler in self.schedulers)
 
     def enqueue(self, request: int, at_s: float) -> None:
         """A request arrives at the group with the fewest unfinished requests."""
         log = self.log
         log.replica[request] = self.index
-        lane = min(range(len(self.schedulers)), key=lambda i: self.schedulers[i].unfinished)
+        lane = self._unfinished.index(min(self._unfinished))
         scheduler = self.schedulers[lane]
         if not scheduler.accepts(request):
             log.rejected.append(request)
@@ -62,6 +83,9 @@ class LockstepReplica:
         log.lane[request] = lane
         may_join = not scheduler.waiting
         scheduler.enqueue(request)
+        self._unfinished[lane] += 1
+        if may_join:
+            self._changed.add(lane)
         if self.end == inf:
             self.now = max(self.now, at_s)
         elif may_join and self._steps > 1:
@@ -74,68 +98,106 @@ class LockstepReplica:
 
     def plan(self, horizon_s: float) -> float:
         """Decide the next step or steps, starting now; the time they end, inf if there is nothing to do."""
-        log = self.log
-        start = self._start = self.now
-        busy = prefills = False
-        settled = True
-        batches = []
-        for lane, scheduler in enumerate(self.schedulers):
-            if scheduler.form():
-                busy = True
-            if scheduler.preempted:
-                log.preempted(scheduler, self.index, lane)
-            settled = settled and scheduler.settled
-            if scheduler.chunks:
-                prefills = True
-                log.scheduled(scheduler, start)
-            running = scheduler.running if scheduler.decode_runs else 0
-            batches.append((running, scheduler.context if running else 0, [chunk[1:] for chunk in scheduler.chunks]))
-        if not busy:
+        for lane in sorted(self._changed):
+            self._form(lane)
+        self._changed.clear()
+        taken = self._taken
+        ends = min(self._ends)
+        if ends == inf:
             self.end = inf
             return inf
-        self._contexts = [(running, context) for running, context, _ in batches]
-        self._first = self.model.lockstep_s(batches)
-        self._slope = 0.0
-        self._steps = 1
-        if settled and not prefills:
-            steps = min(scheduler.settled_steps() for scheduler in self.schedulers if scheduler.decode_runs)
-            if steps > 1:
-                self._steps, self._slope = self._affine_steps(steps)
-        self.end = start + self._steps * (self._first + self._slope * (self._steps - 1) / 2)
-        if self._steps > 1 and horizon_s < self.end:
+        start = self._start = self.now
+        steps = int(ends) - taken
+        times = [base + rise * taken for base, rise in zip(self._base, self._rise, strict=True)]
+        slowest = max(times)
+        slope = 0.0
+        if steps > 1:
+            slope = max(rise for time, rise in zip(times, self._rise, strict=True) if time == slowest)
+            steepest = max(self._rise)
+            if steepest > slope and slowest + slope * (steps - 1) < max(
+                time + rise * (steps - 1) for time, rise in zip(times, self._rise, strict=True)
+            ):
+                # A steeper line overtakes within the steps: stop before the first that does.
+                for time, rise in zip(times, self._rise, strict=True):
+                    if rise > slope:
+                        steps = min(steps, int((slowest - time) / (rise - slope)) + 1)
+        model = self.model
+        total = sum(self._tokens)
+        self._first = slowest + model.stages[0].shared[total] + model.overhead_s(max(self._sampled))
+        self._slope = slope
+        self._steps = steps
+        self.end = start + steps * (self._first + slope * (steps - 1) / 2)
+        if steps > 1 and horizon_s < self.end:
             self._shorten(horizon_s)
         return self.end
 
-    def _affine_steps(self, steps: int) -> tuple[int, float]:
-        """For how many of the next `steps` decode steps one group stays the slowest, and how much longer each gets.
-
-        Group times are affine in the step, so the slowest group is overtaken where its line meets a steeper one.
-        """
-        runs = [self.model.group_run(running, context) for running, context in self._contexts if running]
-        first, slope, _ = max(runs)
-        steps = int(min(steps, *(limit for _, _, limit in runs)))
-        for other_first, other_slope, _ in runs:
-            if other_slope > slope:
-                meet = (first - other_first) / (other_slope - slope)
-                if meet < steps - 1:
-                    steps = int(meet) + 1
-        return steps, slope
+    def _form(self, lane: int) -> None:
+        """Let a group form its next batch, after telling it the steps of a run that a request has cut short."""
+        scheduler, log, model = self.schedulers[lane], self.log, self.model
+        taken = self._taken
+        if self._ends[lane] < inf and taken > self._begun[lane]:
+            scheduler.advance(taken - self._begun[lane])
+        self._begun[lane] = taken
+        works = scheduler.form()
+        if scheduler.preempted:
+            log.preempted(scheduler, self.index, lane)
+        running = scheduler.running if scheduler.decode_runs else 0
+        context = scheduler.context if running else 0
+        chunks = scheduler.chunks
+        self._running[lane] = running
+        self._context[lane] = context
+        self._rise[lane] = 0.0
+        if not works:
+            self._ends[lane] = inf
+            self._base[lane] = 0.0
+            self._tokens[lane] = self._sampled[lane] = 0
+            return
+        self._sampled[lane] = running + len(chunks)
+        if chunks:
+            log.scheduled(scheduler, self.now)
+            self._base[lane], self._tokens[lane] = model.stages[0].group((running, context, [c[1:] for c in chunks]))
+            self._ends[lane] = taken + 1
+            return
+        first, rise, limit = model.group_run(running, context)
+        steps = min(scheduler.settled_steps(), limit) if scheduler.settled else 1
+        self._tokens[lane] = running
+        self._rise[lane] = rise
+        self._base[lane] = first - rise * taken
+        self._ends[lane] = taken + steps
 
     def commit(self) -> Sequence[int]:
         """Take the planned steps; the requests that finished."""
         log = self.log
         end = self.now = self.end
         log.events += 1
+        if log.segments is not None:
+            self._record(end)
+        taken = self._taken = self._taken + self._steps
         ended: list[int] = []
-        for lane, scheduler in enumerate(self.schedulers):
-            if not scheduler.decode_runs and not scheduler.chunks:
+        for lane, run_ends in enumerate(self._ends):
+            if run_ends != taken:
                 continue
-            if log.segments is not None:
-                running, context = self._contexts[lane]
-                log.record(self.index, lane, self._start, end, self._steps, self._slope, running, context, scheduler)
-            log.prefilled(scheduler, end)
-            finished = scheduler.advance(self._steps)
+            scheduler = self.schedulers[lane]
+            if scheduler.chunks:
+                log.prefilled(scheduler, end)
+            finished = scheduler.advance(taken - self._begun[lane])
+            self._begun[lane] = taken
+            self._changed.add(lane)
             for request in finished:
                 log.finish_s[request] = end
+            self._unfinished[lane] -= len(finished)
             ended += finished
         return ended
+
+    def _record(self, end: float) -> None:
+        """Append the planned steps of every group that works to the segments."""
+        for lane, scheduler in enumerate(self.schedulers):
+            if self._ends[lane] == inf:
+                continue
+            done = self._taken - self._begun[lane]
+            running = self._running[lane]
+            context = self._context[lane] + done * running
+            grown = scheduler.blocks_grown(done)
+            self.log.record(
+                self.index, lane, self._start, end, self._steps, self._slope, running, context, scheduler, grown
+            )

@@ -20,6 +20,8 @@ class Log:
     """
 
     __slots__ = (
+        "_resumed_s",
+        "_spanned",
         "arrival_s",
         "events",
         "finish_s",
@@ -34,8 +36,6 @@ class Log:
         "replica",
         "segments",
         "spans",
-        "_resumed_s",
-        "_spanned",
     )  # fmt: skip
 
     def __init__(self, requests: int, *, record: bool) -> None:
@@ -121,8 +121,12 @@ class Log:
         running: int,
         context: int,
         s: Scheduler,
+        grown: int = 0,
     ) -> None:
-        """Append the steps that the scheduler has formed and not yet taken to the segments."""
+        """Append the steps that the scheduler has formed and not yet taken to the segments.
+
+        grown   KV blocks taken by steps that the scheduler has not been told of
+        """
         tokens = pairs = 0
         for _, new, before in s.chunks:
             tokens += new
@@ -130,5 +134,5 @@ class Log:
         assert self.segments is not None
         self.segments.extend(
             (replica, lane, start_s, end_s, steps, slope_s, running, context, tokens, pairs,
-             len(s.chunks), len(s.waiting), s.kv_blocks - s.free)
+             len(s.chunks), len(s.waiting), s.kv_blocks - s.free + grown)
         )  # fmt: skip

@@ -185,21 +185,26 @@ class Scheduler:
             steps = min(steps, taken)
         return steps
 
+    def blocks_grown(self, steps: int) -> int:
+        """KV blocks the decoding sequences take in the `steps` steps that follow the formed one."""
+        if self._padded:
+            return 0
+        block, needs = self._block, self._needs
+        cycles, rest = divmod(steps, block)
+        begin = (self.steps + 1) % block
+        end = begin + rest
+        grown = sum(needs[begin:end]) if end <= block else sum(needs[begin:]) + sum(needs[: end - block])
+        return cycles * self.running + grown
+
     def advance(self, steps: int) -> list[int]:
-        """Take `steps` steps of the formed kind (1 if it has chunks); the requests that finished, in no special order."""
+        """Take `steps` steps of the formed kind (1 if it has chunks); the requests that finished, in any order."""
         finished: list[int] = []
         block = self._block
         if self.chunks and self.running + len(self.chunks) > self.peak_seqs:
             self.peak_seqs = self.running + len(self.chunks)
         if self.decode_runs:
-            if steps > 1 and not self._padded:
-                cycles, rest = divmod(steps - 1, block)
-                begin = (self.steps + 1) % block
-                end = begin + rest
-                needs = self._needs
-                taken = cycles * self.running
-                taken += sum(needs[begin:end]) if end <= block else sum(needs[begin:]) + sum(needs[: end - block])
-                self.free -= taken
+            if steps > 1:
+                self.free -= self.blocks_grown(steps - 1)
             if self.free < self.least_free:
                 self.least_free = self.free
             now = self.steps = self.steps + steps
@@ -320,7 +325,7 @@ class Scheduler:
 
 
 def _chunked(s: Scheduler) -> None:
-    """All decodes, then the prompt in progress, then new prompts, up to the token budget (Sarathi-Serve, arXiv:2403.02310)."""
+    """All decodes, the prompt in progress, new prompts, up to the token budget (Sarathi-Serve, arXiv:2403.02310)."""
     shortage = s._grow_decodes()
     left = s.config.token_budget - s.running
     partial = s._partial

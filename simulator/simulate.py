@@ -9,7 +9,7 @@ from math import inf
 import numpy as np
 import simpy
 from numpy.typing import NDArray
-from simpy.events import NORMAL, URGENT
+from simpy.events import NORMAL, URGENT, EventPriority
 
 from hwmodels.energy import power_w
 from hwmodels.work import Steps
@@ -127,7 +127,7 @@ def _alone(
     requests: Sequence[int],
     look: Progress,
 ) -> Generator[simpy.Event, None, None]:
-    """Serve requests whose arrivals are all known and that nobody else can affect; look at the clock every STRIDE events."""
+    """Serve requests whose arrivals are known and that nobody else affects; look at the clock every STRIDE events."""
     enqueue, plan, commit = replica.enqueue, replica.plan, replica.commit
     position, count = 0, len(requests)
     upcoming = arrivals_s[0] if count else inf
@@ -186,7 +186,7 @@ class _Together:
         for request in islice(self.coming, self.first):
             self._arrives(request, 0.0 if self.closed else self.arrival_s[request])
 
-    def _at(self, when_s: float, priority: int, act: Callable[[], None]) -> None:
+    def _at(self, when_s: float, priority: EventPriority, act: Callable[[], None]) -> None:
         """Call `act` at an absolute time; arrivals come before decisions of the same instant."""
         event = self.env.event()
         event.callbacks.append(lambda _: act())

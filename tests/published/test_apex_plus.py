@@ -1,0 +1,86 @@
+"""Measured serving of Llama-3.1-70B by vLLM 0.6.0 on eight H100: three ways to cut it, three traces, two rates.
+
+The runs are those of APEX+ (microsoft/apex_plus @8769096, vllm/results, MIT licence): TP8, two replicas of TP4 and four
+of TP2 behind a round-robin split. What the launch scripts there say is set here: 97 % of the memory; TP2 with a maximum
+length of 24,272 tokens, hence whole prompts first; TP4 and TP8 with the model's 131,072 tokens, for which vLLM 0.6
+turns chunked prefill on with 512 tokens a step. Requests are drawn as Poisson arrivals with the mean lengths of the
+rows; the number of requests is that of the result files, to 2 %.
+
+One number is fitted, the step overhead of the engine profile `vllm-0.6`, to one row: lmsys at 0.25/s on TP8.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hwmodels.engine import load_engine
+from hwmodels.hardware import load_cluster
+from hwmodels.huggingface import load_model
+from planner.catalogue import Catalogue
+from planner.plan import Plan, Pool
+from simulator.simulate import run
+from simulator.workload import Fixed, Independent, Poisson, draw_requests
+
+MEASURED = Path(__file__).resolve().parents[3] / "shared" / "reference" / "serving" / "apex_plus.csv"
+pytestmark = pytest.mark.skipif(not MEASURED.exists(), reason=f"no reference data at {MEASURED.name}")
+
+REQUESTS = {"creation": 510, "lmsys": 1037, "summarization": 1300}
+PLANS = {"8TP": 8, "2DP4TP": 4, "4DP2TP": 2}  # tensor-parallel degree of the replicas
+CASES = [(trace, rate) for trace in REQUESTS for rate in (0.25, 0.5)]
+FITTED_ON = ("lmsys", 0.25, "8TP")
+
+
+@cache
+def measured() -> pd.DataFrame:
+    """One row per trace, rate and plan: means over its replicas. Rows of lone replicas are cumulative averages: dropped."""
+    rows = pd.read_csv(MEASURED).dropna(subset=["tpot_mean_s"])
+    rows["plan"] = rows.parallelism.str.extract(r"^(8TP|2DP4TP|4DP2TP)(?:_\d)?$", expand=False)
+    rows = rows.dropna(subset=["plan"])
+    rows["decode_s"] = rows.tpot_mean_s * rows.output_tokens_sum
+    grouped = rows.groupby(["workload", "arrival_rate_per_s", "plan"])
+    table = grouped[["prompt_tokens_sum", "output_tokens_sum", "decode_s"]].sum()
+    table["replicas"] = grouped.size()
+    table["ttft_s"] = grouped.ttft_mean_s.mean()
+    table["tpot_s"] = table.decode_s / table.output_tokens_sum
+    return table
+
+
+@cache
+def catalogue(engine: str) -> Catalogue:
+    return Catalogue(load_model("llama-3.1-70b"), load_cluster("hgx-h100", 8), load_engine(engine))
+
+
+def pool(tp: int) -> Pool:
+    """A replica as the launch scripts started it."""
+    if tp == 2:
+        return Pool(8 // tp, tp=tp, policy="prefill-first", token_budget=24272, max_context_tokens=24272)
+    return Pool(8 // tp, tp=tp, token_budget=512, max_context_tokens=131072)
+
+
+@cache
+def predicted(engine: str, trace: str, rate_per_s: float, plan: str) -> tuple[float, float]:
+    """Mean TTFT and TPOT of a simulated run, in seconds."""
+    row = measured().loc[(trace, rate_per_s, plan)]
+    count = REQUESTS[trace]
+    share = row.replicas * PLANS[plan] / 8  # of the requests whose rows there are
+    lengths = Independent(
+        Fixed(round(row.prompt_tokens_sum / share / count)), Fixed(round(row.output_tokens_sum / share / count))
+    )
+    requests = draw_requests(np.random.default_rng(7), count, rate_per_s, Poisson(), lengths)
+    deployment = catalogue(engine).deployment(Plan("llama-3.1-70b", "hgx-h100", 8, (pool(PLANS[plan]),), engine))
+    log = run(deployment, requests)
+    first, finish = np.array(log.first_token_s), np.array(log.finish_s)
+    tpot_s = (finish - first) / (requests.output_tokens - 1)
+    return float((first - requests.arrival_s).mean()), float(tpot_s.mean())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("trace", "rate_per_s"), CASES)
+def test_time_per_output_token_within_20_percent(trace: str, rate_per_s: float, plan: str) -> None:
+    _, tpot_s = predicted("vllm-0.6", trace, rate_per_s, plan)
+    assert tpot_s == pytest.approx(measured().loc[(trace, rate_per_s, plan)].tpot_s, rel=0.2)
