@@ -61,19 +61,20 @@ def _attention_share(attention: Attention, hidden: int, tp: int) -> float:
 
 
 def _feed_forward_share(ff: FeedForward, hidden: int, mapping: Mapping) -> float:
-    """Feed-forward parameters on one rank: experts over ep x expert_tp, shared experts and dense blocks over tp."""
+    """Feed-forward parameters on one rank: experts over ep x expert_tp, routers whole, the rest over tp."""
     total = feed_forward_parameters(ff, hidden)
     if not ff.experts:
         return total / mapping.tp
     routed = ff.experts * feed_forward_parameters(FeedForward(ff.intermediate, ff.gated, ff.bias), hidden)
-    return routed / (mapping.ep * mapping.expert_tp) + (total - routed) / mapping.tp
+    router = ff.experts * hidden
+    return routed / (mapping.ep * mapping.expert_tp) + router + (total - routed - router) / mapping.tp
 
 
 def stage_weight_bytes(
     model: ModelShape, layers: Sequence[Layer], mapping: Mapping, precision: Precision, *, first: bool, last: bool
 ) -> float:
     """Bytes of the weights one rank of a stage keeps; embedding and head stay in 16 bit."""
-    parameters = 0.0
+    parameters = float(model.other_parameters) if last else 0.0
     for layer, count in Counter(layers).items():
         parameters += count * (
             _attention_share(layer.attention, model.hidden, mapping.tp)
@@ -85,61 +86,66 @@ def stage_weight_bytes(
     return parameters * weight_bytes(precision.weights) + tables * table
 
 
-def activation_bytes(
-    model: ModelShape, mapping: Mapping, precision: Precision, token_budget: int, max_seqs: int
-) -> float:
-    """Peak bytes of a step's intermediate tensors on one rank: residual and normed input, the widest projection, logits in fp32."""
+def activation_elements(model: ModelShape, mapping: Mapping) -> float:
+    """Peak elements per token of a step's intermediate tensors on one rank: residual, normed input, widest projection."""
     widest = 0.0
     for layer in set(model.layers):
         a, ff = layer.attention, layer.feed_forward
         qkv = (a.heads + 2 * a.kv_heads) * a.head_dim / mapping.tp
+        up = 3 * ff.intermediate / mapping.tp
         if ff.experts:
-            routed = (
-                token_share(mapping)
-                * ff.top_k
-                / (mapping.ep * mapping.expert_tp)
-                * (model.hidden + 3 * ff.intermediate)
-            )
-            up = routed + 3 * ff.shared_intermediate / mapping.tp
-        else:
-            up = 3 * ff.intermediate / mapping.tp
+            rows = mapping.attention_dp * ff.top_k / (mapping.ep * mapping.expert_tp)
+            up = rows * (model.hidden + 3 * ff.intermediate) + 3 * ff.shared_intermediate / mapping.tp
         widest = max(widest, qkv, up)
-    step = token_budget * (4 * model.hidden + widest) * wire_bytes(precision)
-    return step + max_seqs * model.vocab / mapping.tp * 4.0
+    return 4 * model.hidden + widest
 
 
-def token_share(mapping: Mapping) -> int:
-    """Attention groups whose tokens meet in the experts."""
-    return mapping.attention_dp
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a replica's memory is made of, whatever its scheduler.
+
+    stages   bytes of the weights and of one cached token, on one rank of every pipeline stage
+    activation_bytes_per_token, logits_bytes_per_sequence   of a step, on one rank
+    """
+
+    stages: tuple[tuple[float, float], ...]
+    activation_bytes_per_token: float
+    logits_bytes_per_sequence: float
+    pp: int
+
+
+def replica_sizes(model: ModelShape, mapping: Mapping, precision: Precision) -> Sizes:
+    """Sizes of a replica; logits are in fp32."""
+    stages = [
+        (
+            stage_weight_bytes(model, layers, mapping, precision, first=stage == 0, last=stage == mapping.pp - 1),
+            kv_bytes_per_rank(layers, mapping.tp, precision),
+        )
+        for stage, layers in enumerate(stage_layers(model, mapping))
+    ]
+    return Sizes(
+        tuple(stages),
+        activation_elements(model, mapping) * wire_bytes(precision),
+        model.vocab / mapping.tp * 4.0,
+        mapping.pp,
+    )
 
 
 def plan_memory(
-    model: ModelShape,
-    mapping: Mapping,
-    precision: Precision,
-    device: Device,
-    engine: Engine,
-    *,
-    token_budget: int,
-    max_seqs: int,
-    block_tokens: int,
+    sizes: Sizes, device: Device, engine: Engine, *, token_budget: int, max_seqs: int, block_tokens: int
 ) -> Memory:
     """Memory of the stage that leaves least room for KV; kv_blocks is 0 or below when the model does not fit.
 
     With pipeline stages every scheduler gets an equal share of the blocks.
     """
-    usable = device.memory_bytes * engine.memory_fraction
-    worst: Memory | None = None
-    for stage, layers in enumerate(stage_layers(model, mapping)):
-        weights = stage_weight_bytes(model, layers, mapping, precision, first=stage == 0, last=stage == mapping.pp - 1)
-        activations = activation_bytes(model, mapping, precision, token_budget, max_seqs)
-        per_token = kv_bytes_per_rank(layers, mapping.tp, precision)
-        left = usable - weights - activations - engine.reserve_bytes
-        blocks = int(left // (per_token * block_tokens)) // mapping.pp
-        if worst is None or blocks < worst.kv_blocks:
-            worst = Memory(weights, activations, engine.reserve_bytes, left, per_token, blocks)
-    assert worst is not None
-    return worst
+    activations = token_budget * sizes.activation_bytes_per_token + max_seqs * sizes.logits_bytes_per_sequence
+    usable = device.memory_bytes * engine.memory_fraction - engine.reserve_bytes - activations
+
+    def blocks(stage: tuple[float, float]) -> int:
+        return int((usable - stage[0]) // (stage[1] * block_tokens)) // sizes.pp
+
+    weights, per_token = min(sizes.stages, key=blocks)
+    return Memory(weights, activations, engine.reserve_bytes, usable - weights, per_token, blocks((weights, per_token)))
 
 
 def require_fit(

@@ -37,9 +37,8 @@ class Gemm:
     @property
     def bytes(self) -> Array:
         """Weights once, inputs and outputs once; nothing where there are no rows."""
-        element = DTYPE_BYTES[self.precision.activations]
         weights = self.n * self.k * weight_bytes(self.precision.weights)
-        moved: Array = self.groups * ((self.m > 0) * weights + self.m * (self.k + self.n) * element)
+        moved: Array = self.groups * ((self.m > 0) * weights + self.m * row_bytes(self.k, self.n, self.precision))
         return moved
 
 
@@ -63,9 +62,8 @@ class GroupedGemm:
     @property
     def bytes(self) -> Array:
         """The touched experts' weights once, inputs and outputs once."""
-        element = DTYPE_BYTES[self.precision.activations]
         weights = self.n * self.k * weight_bytes(self.precision.weights)
-        return self.active * weights + self.m * (self.k + self.n) * element
+        return self.active * weights + self.m * row_bytes(self.k, self.n, self.precision)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,9 +98,7 @@ class AttentionCore:
         """Cached keys and values read once, queries in, outputs out, new keys and values written."""
         width = self.kv_heads * (self.qk_dim if self.shared else self.qk_dim + self.value_dim)
         cache = (self.read + self.queries) * width * DTYPE_BYTES[self.precision.kv]
-        moved: Array = (
-            cache + self.queries * self.heads * (self.qk_dim + self.value_dim) * DTYPE_BYTES[self.precision.activations]
-        )
+        moved: Array = cache + self.queries * self.heads * (self.qk_dim + self.value_dim) * wire_bytes(self.precision)
         return moved
 
 
@@ -143,6 +139,11 @@ Operator = Gemm | GroupedGemm | AttentionCore | Elementwise | Communication
 def wire_bytes(p: Precision) -> float:
     """Bytes of one activation between kernels and ranks: 16 bit at least, since only GEMM inputs are quantised further."""
     return max(2.0, DTYPE_BYTES[p.activations])
+
+
+def row_bytes(k: int, n: int, p: Precision) -> float:
+    """Bytes of one row of k inputs, in the format of the arithmetic, and n outputs, in 16 bit at least."""
+    return k * DTYPE_BYTES[p.activations] + n * wire_bytes(p)
 
 
 def kv_heads_per_rank(attention: Attention, tp: int) -> int:
@@ -279,13 +280,25 @@ def busiest_rank_rows(rows: Array, ranks: int) -> Array:
     """Expected rows of the busiest of `ranks` ranks when `rows` fall on each on average, routing uniform.
 
     Rows per rank are nearly binomial; the expected maximum of `ranks` normal variables is about
-    sigma * sqrt(2 ln ranks) (the first-order term of the Gumbel limit), an over-estimate for few ranks, and
-    never more than all rows.
+    sigma * sqrt(2 ln ranks) (the first-order term of the Gumbel limit), an over-estimate where there are rows for
+    every rank, and never more than all rows or less than one of them.
     """
     if ranks == 1:
         return rows
     spread = np.sqrt(rows * (1 - 1 / ranks) * 2 * np.log(ranks))
-    busiest: Array = np.minimum(rows + spread, rows * ranks)
+    busiest: Array = np.clip(rows + spread, np.minimum(rows * ranks, 1), rows * ranks)
+    return busiest
+
+
+def busiest_rank_experts(touched: Array, experts_here: float, ranks: int) -> Array:
+    """Expected touched experts of the busiest of `ranks` ranks, each of `experts_here`, when `touched` are on average.
+
+    As busiest_rank_rows: the touched experts of a rank are nearly binomial too.
+    """
+    if ranks == 1:
+        return touched
+    spread = np.sqrt(np.maximum(touched * (1 - touched / experts_here), 0) * 2 * np.log(ranks))
+    busiest: Array = np.clip(touched + spread, np.minimum(touched * ranks, 1), experts_here)
     return busiest
 
 
@@ -299,7 +312,8 @@ def expert_feed_forward(
     """
     hidden, element = model.hidden, wire_bytes(p)
     rows = busiest_rank_rows(total_tokens * ff.top_k / mapping.ep, mapping.ep)
-    active = expected_active_experts(ff.experts / mapping.ep, rows, ff.experts, ff.top_k, total_tokens)
+    touched = expected_active_experts(ff.experts / mapping.ep, rows, ff.experts, ff.top_k, total_tokens)
+    active = np.minimum(busiest_rank_experts(touched, ff.experts / mapping.ep, mapping.ep), rows)
     width = int(np.ceil(ff.intermediate / mapping.expert_tp))
     up = width * (2 if ff.gated else 1)
     ops: list[Operator] = [

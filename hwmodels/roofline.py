@@ -32,9 +32,11 @@ def memory_time_s(nbytes: Array | float, device: Device) -> Array:
     return moved
 
 
-def arithmetic_dtype(precision: Precision) -> str:
-    """The format the multiply units work in."""
-    return precision.activations
+def arithmetic_dtype(precision: Precision, device: Device) -> str:
+    """The format the multiply units work in; the 16-bit formats stand in for each other."""
+    if precision.activations in device.peak_flops_per_s:
+        return precision.activations
+    return attention_dtype(precision, device)
 
 
 def tile_time_s(m: Array, n: float, k: float, products: Array | float, device: Device, precision: Precision) -> Array:
@@ -43,7 +45,7 @@ def tile_time_s(m: Array, n: float, k: float, products: Array | float, device: D
     Output tiles run in waves over the compute units; a wave that is not full takes as long as a full one.
     """
     e = device.efficiency
-    rate = device.peak_flops_per_s[arithmetic_dtype(precision)] * e.gemm_mfu / device.compute_units
+    rate = device.peak_flops_per_s[arithmetic_dtype(precision, device)] * e.gemm_mfu / device.compute_units
     if DTYPE_BYTES[precision.weights] < DTYPE_BYTES[precision.activations]:
         rate *= DEQUANTIZE
     rows, columns = e.gemm_tile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from hwmodels.mapping import Mapping, Precision
 from hwmodels.operators import Array, Operator
 from hwmodels.shape import Layer, ModelShape
 
+#: Numbers looked up by position, one at a time.
+Numbers = Sequence[float]
 #: (new tokens, tokens already cached) of one prompt chunk.
 Item = tuple[int, int]
 #: (decoding sequences, their attended tokens in total, prompt chunks) of one step.
@@ -41,8 +44,8 @@ class Pieces:
     """
 
     knots: tuple[float, ...]
-    base: tuple[list[float], ...]
-    slope: tuple[list[float], ...]
+    base: tuple[Numbers, ...]
+    slope: tuple[Numbers, ...]
 
     def at(self, row: int, x: float) -> float:
         """The value at one point."""
@@ -61,9 +64,9 @@ class Tables:
     prefill   row: new tokens of a chunk, x: tokens cached before it
     """
 
-    linear: list[float]
-    shared: list[float]
-    head: list[float]
+    linear: Numbers
+    shared: Numbers
+    head: Numbers
     decode: Pieces
     prefill: Pieces
 
@@ -151,21 +154,29 @@ def prefill_operators(
 
 
 def token_grid(limit: int) -> Array:
-    """Sizes to price: every one up to 256, then ever coarser ones, the limit included."""
-    steps = [np.arange(1, 257), np.arange(256, 1025, 16), np.arange(1024, 8193, 128), np.geomspace(8192, 2**24, 177)]
-    points = np.unique(np.concatenate(steps).round())
+    """Sizes to price: every one up to 256, then ever coarser ones, the limit included.
+
+    Those up to 8192 come with their successor, with which the next row of output tiles begins.
+    """
+    ends = np.concatenate([np.arange(256, 1025, 16), np.arange(1024, 8193, 64)])
+    points = np.unique(np.concatenate([np.arange(1, 257), ends, ends + 1, np.geomspace(8192, 2**24, 177).round()]))
     return np.append(points[points < limit], float(limit))
 
 
-def _dense(grid: Array, values: Array) -> list[float]:
+def packed(values: Array) -> Numbers:
+    """The values as a plain array: as quick to index as a list, and made at the speed of a copy."""
+    return array("d", values.tobytes())
+
+
+def _dense(grid: Array, values: Array) -> Numbers:
     """Values at 0, 1, 2 ... from those on the grid, linear between, never falling as the size grows; 0 at 0."""
     rising = np.maximum.accumulate(values)
     dense = np.interp(np.arange(int(grid[-1]) + 1), grid, rising)
     dense[0] = 0.0
-    return dense.tolist()
+    return packed(dense)
 
 
-def _pieces(rows: Array, candidates: Array, values: Array, dense: Callable[[Array], list[float]]) -> Pieces:
+def _pieces(rows: Array, candidates: Array, values: Array, dense: Callable[[Array], Numbers]) -> Pieces:
     """Affine pieces of values[row, x] over x = candidates: one piece if that is exact to 0.1 %, else all of them."""
     low, high = candidates[0], candidates[-1]
     share = (candidates - low) / (high - low)
@@ -219,9 +230,9 @@ def tabulate(
     m, b = chunks[:, None], befores[None, :]
     prefill = total(prefill_operators(layers, m + 0 * b, b + 0 * m, mapping, precision), (m + b).shape)
 
-    def over(grid: Array) -> Callable[[Array], list[float]]:
+    def over(grid: Array) -> Callable[[Array], Numbers]:
         points = np.arange(int(grid[-1]) + 1)
-        return lambda column: np.concatenate([[0.0], np.interp(points[1:], grid, column)]).tolist()
+        return lambda column: packed(np.concatenate([[0.0], np.interp(points[1:], grid, column)]))
 
     return Tables(
         _dense(tokens, linear),
@@ -245,7 +256,7 @@ class StepModel:
     def __init__(
         self,
         stages: Sequence[Tables],
-        transfer: list[float],
+        transfer: Numbers,
         engine: Engine,
         max_tokens: int,
         max_seqs: int,
@@ -258,18 +269,12 @@ class StepModel:
         self.max_seqs = max_seqs
         self.evidence = {source: 1.0}
         # A decode-only step of n sequences with K attended tokens in all takes base[n] + slope[n] * K, piece by piece.
-        only = stages[0]
-        knots = only.decode.knots
-        self._run_base = []
-        self._run_slope = []
-        for piece in range(len(knots) + 1):
-            base = [0.0] * (max_seqs + 1)
-            slope = [0.0] * (max_seqs + 1)
-            for n in range(1, min(max_seqs, max_tokens) + 1):
-                base[n] = self.overhead_s(n) + only.linear[n] + only.head[n] + only.decode.base[piece][n]
-                slope[n] = only.decode.slope[piece][n] / n
-            self._run_base.append(base)
-            self._run_slope.append(slope)
+        only, rows = stages[0], min(max_seqs, max_tokens) + 1
+        n = np.arange(rows)
+        shared = np.asarray(only.linear)[:rows] + np.asarray(only.head)[:rows]
+        shared += engine.step_overhead_s + n * engine.sequence_overhead_s
+        self._run_base = [packed(shared + np.asarray(base)[:rows]) for base in only.decode.base]
+        self._run_slope = [packed(np.asarray(slope)[:rows] / np.maximum(n, 1)) for slope in only.decode.slope]
 
     def overhead_s(self, sequences: int) -> float:
         """Host time of a step."""
@@ -382,7 +387,7 @@ def compile_step_model(
     """The step model of one replica, for steps of up to `max_tokens` tokens and `max_seqs` sequences a scheduler."""
     limits = {"max_tokens": max_tokens, "max_seqs": max_seqs}
     stages = tabulate_stages(model, mapping, precision, cost.time_s, **limits)
-    transfer = [0.0] * (max_tokens + 1)
+    transfer = packed(np.zeros(max_tokens + 1))
     if mapping.pp > 1:
         tokens = token_grid(max_tokens)
         wire = ops.wire_bytes(precision)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.operators import Array, Operator
 from hwmodels.shape import ModelShape
-from hwmodels.step_model import Pieces, Tables, prefill_operators, stage_layers, tabulate_stages
+from hwmodels.step_model import Pieces, Tables, tabulate_stages
 
 
 def flops_of(op: Operator) -> Array:
@@ -38,7 +39,12 @@ class Steps:
 
 
 class Work:
-    """FLOPs and bytes of a replica's steps. Prompt attention is counted per query-key pair, so windows count in full."""
+    """FLOPs and bytes of a replica's steps.
+
+    Prompt chunks of one step count as equal ones with the same query-key pairs in all, which is exact for one chunk and
+    for FLOPs without windows. FLOPs take experts as evenly loaded, which their sum over ranks does not depend on;
+    bytes take every rank as the busiest.
+    """
 
     def __init__(
         self, model: ModelShape, mapping: Mapping, precision: Precision, *, max_tokens: int, max_seqs: int
@@ -46,20 +52,13 @@ class Work:
         self._ranks = mapping.tp
         self._groups = mapping.attention_dp
         limits = {"max_tokens": max_tokens, "max_seqs": max_seqs}
-        self._flops = tabulate_stages(model, mapping, precision, flops_of, **limits)
+        even = replace(mapping, ep=1, expert_tp=mapping.ep * mapping.expert_tp)
+        self._flops = tabulate_stages(model, even, precision, flops_of, **limits)
         self._bytes = tabulate_stages(model, mapping, precision, bytes_of, **limits)
-        new, reach = np.array([1024.0, 1024.0]), np.array([0.0, 1024.0])
-        self._flops_per_pair = 0.0
-        for layers in stage_layers(model, mapping):
-            for op in prefill_operators(layers, new, reach, mapping, precision):
-                values = np.broadcast_to(flops_of(op), (2,))
-                self._flops_per_pair += float(values[1] - values[0]) / 1024.0**2
 
     def of(self, steps: Steps) -> tuple[Array, Array]:
         """FLOPs and bytes of every segment, all ranks of the lane's attention group together."""
-        flops = self._sum(self._flops, steps) + self._flops_per_pair * steps.prefill_pairs
-        moved = self._sum(self._bytes, steps)
-        return self._ranks * flops, self._ranks * moved
+        return self._ranks * self._sum(self._flops, steps), self._ranks * self._sum(self._bytes, steps)
 
     def _sum(self, stages: list[Tables], steps: Steps) -> Array:
         tokens = (steps.decode_sequences + steps.prefill_tokens).astype(int)
@@ -69,16 +68,30 @@ class Work:
             linear, shared, head = (np.asarray(values) for values in (tables.linear, tables.shared, tables.head))
             once = linear[tokens] + head[np.minimum(sampled, len(head) - 1)]
             if self._groups > 1:
-                once = once + shared[np.minimum(tokens * self._groups, len(shared) - 1)] / 1.0
-            total += steps.repeat * (once + _decode(tables.decode, steps))
+                once = once + shared[np.minimum(tokens * self._groups, len(shared) - 1)]
+            total += steps.repeat * (once + _decode(tables.decode, steps) + _prefill(tables.prefill, steps))
         return total
 
 
 def _decode(pieces: Pieces, steps: Steps) -> Array:
     """The decode attention of a segment's middle step."""
     rows = steps.decode_sequences.astype(int)
-    mean = steps.decode_context_tokens / np.maximum(rows, 1) + (steps.repeat - 1) / 2
-    piece = np.searchsorted(np.asarray(pieces.knots), mean)
-    base, slope = np.asarray(pieces.base), np.asarray(pieces.slope)
-    value: Array = np.where(rows > 0, base[piece, rows] + slope[piece, rows] * mean, 0.0)
+    return _at(pieces, rows, steps.decode_context_tokens / np.maximum(rows, 1) + (steps.repeat - 1) / 2)
+
+
+def _prefill(pieces: Pieces, steps: Steps) -> Array:
+    """The attention inside a segment's prompt chunks: pairs = chunks * (new * before + new * (new + 1) / 2)."""
+    chunks = np.maximum(steps.prefill_sequences, 1)
+    new = np.rint(steps.prefill_tokens / chunks).astype(int)
+    before = steps.prefill_pairs / chunks / np.maximum(new, 1) - (new + 1) / 2
+    attention: Array = chunks * _at(pieces, new, np.maximum(before, 0))
+    return attention
+
+
+def _at(pieces: Pieces, rows: NDArray[np.int64], x: Array) -> Array:
+    """Pieces.at for many points at once; 0 in row 0."""
+    piece = np.searchsorted(np.asarray(pieces.knots), x)
+    base = np.stack([np.asarray(values) for values in pieces.base])
+    slope = np.stack([np.asarray(values) for values in pieces.slope])
+    value: Array = np.where(rows > 0, base[piece, rows] + slope[piece, rows] * x, 0.0)
     return value

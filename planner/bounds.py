@@ -93,7 +93,8 @@ def lower_hull(values: Array, points: Sequence[int]) -> Array:
 
 def _least_per(pieces: Pieces, rows: int, reach: float, lowest: float) -> tuple[Array, Array]:
     """Slope below every piece and what is left of the value when it is taken off, by row."""
-    base, slope = np.array(pieces.base)[:, 1 : rows + 1], np.array(pieces.slope)[:, 1 : rows + 1]
+    base = np.stack([np.asarray(piece) for piece in pieces.base])[:, 1 : rows + 1]
+    slope = np.stack([np.asarray(piece) for piece in pieces.slope])[:, 1 : rows + 1]
     ends = np.array([lowest, *pieces.knots, reach])
     least = slope.min(axis=0)
     left = np.minimum(base + (slope - least) * ends[:-1, None], base + (slope - least) * ends[1:, None]).min(axis=0)
@@ -105,7 +106,7 @@ def stage_bound(tables: Tables, model: StepModel, groups: int, reach: float, *, 
     tokens = np.arange(model.max_tokens + 1)
     fixed = model.engine.step_overhead_s if overhead else 0.0
     per_sequence = model.engine.sequence_overhead_s if overhead else 0.0
-    total = fixed + np.array(tables.linear) + np.array(tables.shared)[tokens * groups]
+    total = fixed + np.asarray(tables.linear) + np.asarray(tables.shared)[tokens * groups]
     hull = lower_hull(total, token_grid(model.max_tokens).astype(int).tolist())
     per_token = hull[1:] / tokens[1:]
     rank = np.minimum.accumulate(per_token)
@@ -119,10 +120,10 @@ def stage_bound(tables: Tables, model: StepModel, groups: int, reach: float, *, 
     # slope is per unit of mean context: n sequences of mean context c attend to n c tokens
     residual = left + (slope - zeta * counts)  # at the shortest mean context, 1
     delta = max(0.0, float(residual.min()))
-    head = np.array(tables.head)[1:]
+    head = np.asarray(tables.head)[1:]
     eta = float((head / np.arange(1, len(head) + 1)).min()) + per_sequence
     decode = total[: rows + 1].copy() if rows < len(total) else np.interp(np.arange(rows + 1), tokens, total)
-    decode[1:] += left + slope + np.array(tables.head)[1 : rows + 1] + per_sequence * counts
+    decode[1:] += left + slope + np.asarray(tables.head)[1 : rows + 1] + per_sequence * counts
     prefill_slope, prefill_left = _least_per(tables.prefill, model.max_tokens, reach, 0.0)
     news = np.arange(1, model.max_tokens + 1)
     kappa = np.minimum(prefill_slope / news, np.maximum(prefill_left, 0) / (news * (news + 1) / 2))

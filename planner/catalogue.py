@@ -9,7 +9,7 @@ from hwmodels.errors import MappingError
 from hwmodels.hardware import Cluster, load_cluster
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import DTYPE_BYTES, Mapping, Precision
-from hwmodels.memory import Memory, plan_memory, require_fit
+from hwmodels.memory import Memory, Sizes, plan_memory, replica_sizes, require_fit
 from hwmodels.roofline import AnalyticCost
 from hwmodels.shape import ModelShape
 from hwmodels.step_model import StepModel, compile_step_model
@@ -81,6 +81,7 @@ class Catalogue:
     max_seqs: int = 1024
     _models: dict[tuple[Mapping, Precision], StepModel] = field(default_factory=dict)
     _works: dict[tuple[Mapping, Precision], Work] = field(default_factory=dict)
+    _sizes: dict[tuple[Mapping, Precision], Sizes] = field(default_factory=dict)
 
     def reserve(self, max_tokens: int, max_seqs: int) -> None:
         """Let step models cover steps of this size; those compiled for smaller ones are dropped."""
@@ -124,10 +125,11 @@ class Catalogue:
 
     def memory(self, pool: Pool) -> Memory:
         """Memory of the pool's fullest rank."""
+        key = (mapping_of(pool), precision_of(pool))
+        if key not in self._sizes:
+            self._sizes[key] = replica_sizes(self.model, *key)
         return plan_memory(
-            self.model,
-            mapping_of(pool),
-            precision_of(pool),
+            self._sizes[key],
             self.cluster.device,
             self.engine,
             token_budget=pool.token_budget,

@@ -115,11 +115,13 @@ class Search:
         self.catalogue: Catalogue = open_catalogue(question.model, question.hardware, question.gpus, question.engine)
         self.list: Shortlist = shortlist(question, self.catalogue)
         self.ranked: list[Ranked] = []
-        self.tried: set[Plan] = set()
+        self.tried: set[Candidate] = set()
+        self.mixtures = 0
         self.trials: list[tuple[Plan, Trial]] = []
         self.runs: dict[object, list[tuple[Pool, int, Extremes]]] = defaultdict(list)
         self.same = 0
         self.estimates: dict[object, float] = {}
+        self.kinds: dict[object, float] = {}
         self.closest: dict[Limit, float] = dict.fromkeys(question.limits, inf)
 
     @property
@@ -142,10 +144,8 @@ class Search:
         """Search until no bound beats the best, or the time is over."""
         question, candidates = self.question, self.list.candidates
         self._survey(candidates)
-        for candidate in candidates:
-            if not self.beats(candidate.bound):
-                break
-            if candidate.plan in self.tried:
+        for candidate in sorted(candidates, key=self._kind_score, reverse=True):
+            if candidate in self.tried or not self.beats(candidate.bound):
                 continue
             if self.ranked and self.late():
                 break
@@ -153,10 +153,10 @@ class Search:
         self._mix()
         if not self.ranked:
             raise self._nothing_kept()
-        left = [c.bound for c in candidates if c.plan not in self.tried and self.beats(c.bound)]
+        left = [c.bound for c in candidates if c not in self.tried and self.beats(c.bound)]
         best = self.best_score
         pruned = dict(self.list.pruned)
-        beaten = sum(1 for c in candidates if c.plan not in self.tried and not self.beats(c.bound))
+        beaten = sum(1 for c in candidates if c not in self.tried and not self.beats(c.bound))
         if beaten:
             pruned["its bound beats the best plan found"] = beaten
         if self.same:
@@ -167,7 +167,7 @@ class Search:
             ranked=tuple(self._ranking()),
             considered=self.list.considered,
             pruned=pruned,
-            simulated=len(self.tried) - self.same,
+            simulated=len(self.tried) - self.same + self.mixtures,
             trials=len(self.trials),
             untried=len(left),
             gap=(max(left) - best) / abs(best) if left and best else 0.0,
@@ -192,6 +192,12 @@ class Search:
                 continue
             self._try(candidate, beat=False)
 
+    def _kind_score(self, candidate: Candidate) -> float:
+        """What plans that are cut alike have reached, else what is guessed: variants of good plans come first."""
+        if candidate.kind in self.kinds:
+            return self.kinds[candidate.kind]
+        return min(self._promise(candidate), self.best_score)
+
     def _promise(self, candidate: Candidate) -> float:
         """What the plan is guessed to score: its bound where the objective is not a rate."""
         if self.question.objective != "goodput-per-gpu":
@@ -213,23 +219,20 @@ class Search:
 
         beat   look at it only at the rate that would make it the best so far
         """
-        self.tried.add(candidate.plan)
+        self.tried.add(candidate)
         for other, blocks, extremes in self.runs[self._alike(candidate)]:
-            if extremes.same_run(other, blocks, candidate.plan.pools[0], self._blocks(candidate)):
+            if extremes.same_run(other, blocks, candidate.plan.pools[0], candidate.kv_blocks):
                 self.same += 1
                 return
         found = self.evaluate(candidate, self.best_score if beat and self.ranked else None)
         if found is not None:
             self.ranked.append(found)
+            self.kinds[candidate.kind] = max(found.score, self.kinds.get(candidate.kind, -inf))
 
     def _alike(self, candidate: Candidate) -> object:
         """What plans must have in common for one to be a run of the other."""
         pool = candidate.plan.pools[0]
         return candidate.kind, pool.policy, pool.replicas
-
-    def _blocks(self, candidate: Candidate) -> int:
-        """KV blocks of the plan's schedulers."""
-        return self.catalogue.memory(candidate.plan.pools[0]).kv_blocks
 
     def evaluate(self, candidate: Candidate, beat: float | None) -> Ranked | None:
         """Simulate a plan; None if it breaks a limit, or does not reach the score to beat."""
@@ -278,7 +281,7 @@ class Search:
             max(e.peak_seqs for e in every),
             max(e.peak_blocks for e in every),
         )
-        self.runs[self._alike(candidate)].append((candidate.plan.pools[0], self._blocks(candidate), together))
+        self.runs[self._alike(candidate)].append((candidate.plan.pools[0], candidate.kv_blocks, together))
 
     def _value(self, plan: Plan, trial: Trial) -> float:
         """The objective of a plan simulated at the demanded rate, in its own unit."""
@@ -329,7 +332,7 @@ class Search:
             guess_per_s=mix.capacity_per_s,
             tolerance=question.tolerance,
         )
-        self.tried.add(plan)
+        self.mixtures += 1
         self._note(plan, trials)
         if trial is not None:
             value = trial.goodput_per_s / plan.gpus_used

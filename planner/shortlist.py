@@ -20,22 +20,21 @@ from planner.space import enumerate_pools, replicas_that_fit
 from simulator.metrics import Limit
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
     """A plan and what no simulation of it can beat.
 
     bound              the objective as a score, higher is better
     rate_bound_per_s   requests per second over the whole run
+    kind               how its replicas are cut and kept
+    kv_blocks          of each of their schedulers
     """
 
     plan: Plan
     bound: float
     rate_bound_per_s: float
-
-    @property
-    def kind(self) -> tuple[Mapping, Precision]:
-        """How its replicas are cut and kept."""
-        return mapping_of(self.plan.pools[0]), precision_of(self.plan.pools[0])
+    kind: tuple[Mapping, Precision]
+    kv_blocks: int
 
 
 @dataclass(slots=True)
@@ -79,24 +78,24 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
     catalogue.reserve(max(pool.token_budget for pool, _ in space.pools), max(pool.max_seqs for pool, _ in space.pools))
     groups: dict[tuple[Mapping, Precision], list[tuple[Pool, int]]] = defaultdict(list)
     for pool, kv_blocks in space.pools:
-        groups[mapping_of(pool), precision_of(pool)].append((pool, kv_blocks * pool.block_tokens))
+        groups[mapping_of(pool), precision_of(pool)].append((pool, kv_blocks))
     screen = Screen(requests, question.limits)
     result.floors = dict.fromkeys(question.limits, inf)
     for (mapping, precision), pools in groups.items():
         model = catalogue.step_model(mapping, precision)
         budgets = np.array([pool.token_budget for pool, _ in pools])
         seqs = np.array([pool.max_seqs for pool, _ in pools], dtype=float)
-        kv_tokens = np.array([tokens for _, tokens in pools], dtype=float)
+        kv_tokens = np.array([blocks * pool.block_tokens for pool, blocks in pools], dtype=float)
         busy_s = screen.work_s(model, mapping.attention_dp, seqs, budgets, kv_tokens)
         floors = screen.latency_s(model, mapping.attention_dp, budgets)
         for limit, values in floors.items():
             result.floors[limit] = min(result.floors[limit], float(values.min()))
-        for position, (pool, _) in enumerate(pools):
+        for position, (pool, kv_blocks) in enumerate(pools):
             broken = next((limit for limit in question.limits if floors[limit][position] > limit.seconds), None)
             if broken is not None:
                 result.pruned[f"an empty machine keeps {broken}"] += 1
                 continue
-            _add_plans(result, question, catalogue, pool, float(busy_s[position]))
+            _add_plans(result, question, catalogue, (mapping, precision), pool, kv_blocks, float(busy_s[position]))
     if not result.candidates:
         raise _nothing_left(question, result)
     preferred = {"chunked": 0, "prefill-first": 1, "orca": 2, "static": 3}
@@ -111,7 +110,15 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
     return result
 
 
-def _add_plans(result: Shortlist, question: Question, catalogue: Catalogue, pool: Pool, busy_s: float) -> None:
+def _add_plans(
+    result: Shortlist,
+    question: Question,
+    catalogue: Catalogue,
+    kind: tuple[Mapping, Precision],
+    pool: Pool,
+    kv_blocks: int,
+    busy_s: float,
+) -> None:
     """The plans made of copies of one replica that can serve the demanded rate by their bound."""
     rate_each = len(question.requests) / busy_s
     most = replicas_that_fit(pool.gpus_per_replica, catalogue.cluster)
@@ -133,7 +140,7 @@ def _add_plans(result: Shortlist, question: Question, catalogue: Catalogue, pool
             question.router,
         )
         bound = _bound(question, catalogue, plan, count * rate_each, busy_s)
-        result.candidates.append(Candidate(plan, bound, count * rate_each))
+        result.candidates.append(Candidate(plan, bound, count * rate_each, kind, kv_blocks))
 
 
 def _bound(question: Question, catalogue: Catalogue, plan: Plan, rate_bound_per_s: float, busy_s: float) -> float:

@@ -20,7 +20,7 @@ class Choices:
 
     precisions: tuple[Precision, ...] = (Precision(),)
     policies: tuple[Policy, ...] = ("chunked", "prefill-first")
-    token_budgets: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    token_budgets: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     max_seqs: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     block_tokens: int = 16
 

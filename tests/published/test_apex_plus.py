@@ -4,13 +4,14 @@ The runs are those of APEX+ (microsoft/apex_plus @8769096, vllm/results, MIT lic
 of TP2 behind a round-robin split. What the launch scripts there say is set here: 97 % of the memory; TP2 with a maximum
 length of 24,272 tokens, hence whole prompts first; TP4 and TP8 with the model's 131,072 tokens, for which vLLM 0.6
 turns chunked prefill on with 512 tokens a step. Requests are drawn as Poisson arrivals with the mean lengths of the
-rows; the number of requests is that of the result files, to 2 %.
+rows; how many there were is estimated from the size of the result files, which have a line for each.
 
 One number is fitted, the step overhead of the engine profile `vllm-0.6`, to one row: lmsys at 0.25/s on TP8.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -29,8 +30,10 @@ from simulator.workload import Fixed, Independent, Poisson, draw_requests
 MEASURED = Path(__file__).resolve().parents[3] / "shared" / "reference" / "serving" / "apex_plus.csv"
 pytestmark = pytest.mark.skipif(not MEASURED.exists(), reason=f"no reference data at {MEASURED.name}")
 
-REQUESTS = {"creation": 510, "lmsys": 1037, "summarization": 1300}
-PLANS = {"8TP": 8, "2DP4TP": 4, "4DP2TP": 2}  # tensor-parallel degree of the replicas
+#: Requests of a trace; the split "creation" traces hold more and shorter ones than the whole one.
+REQUESTS = {"creation": {"8TP": 510, "2DP4TP": 800, "4DP2TP": 800}, "lmsys": 1037, "summarization": 1300}
+#: Tensor-parallel degree of the replicas.
+PLANS = {"8TP": 8, "2DP4TP": 4, "4DP2TP": 2}
 CASES = [(trace, rate) for trace in REQUESTS for rate in (0.25, 0.5)]
 FITTED_ON = ("lmsys", 0.25, "8TP")
 
@@ -52,7 +55,8 @@ def measured() -> pd.DataFrame:
 
 @cache
 def catalogue(engine: str) -> Catalogue:
-    return Catalogue(load_model("llama-3.1-70b"), load_cluster("hgx-h100", 8), load_engine(engine))
+    memory = replace(load_engine(engine), memory_fraction=0.97)
+    return Catalogue(load_model("llama-3.1-70b"), load_cluster("hgx-h100", 8), memory)
 
 
 def pool(tp: int) -> Pool:
@@ -66,7 +70,8 @@ def pool(tp: int) -> Pool:
 def predicted(engine: str, trace: str, rate_per_s: float, plan: str) -> tuple[float, float]:
     """Mean TTFT and TPOT of a simulated run, in seconds."""
     row = measured().loc[(trace, rate_per_s, plan)]
-    count = REQUESTS[trace]
+    counts = REQUESTS[trace]
+    count = counts if isinstance(counts, int) else counts[plan]
     share = row.replicas * PLANS[plan] / 8  # of the requests whose rows there are
     lengths = Independent(
         Fixed(round(row.prompt_tokens_sum / share / count)), Fixed(round(row.output_tokens_sum / share / count))
@@ -79,8 +84,32 @@ def predicted(engine: str, trace: str, rate_per_s: float, plan: str) -> tuple[fl
     return float((first - requests.arrival_s).mean()), float(tpot_s.mean())
 
 
+def test_step_overhead_is_what_the_fitted_row_asks_for() -> None:
+    _, tpot_s = predicted("vllm-0.6", *FITTED_ON)
+    assert tpot_s == pytest.approx(measured().loc[FITTED_ON].tpot_s, rel=0.01)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("trace", "rate_per_s"), CASES)
 def test_time_per_output_token_within_20_percent(trace: str, rate_per_s: float, plan: str) -> None:
     _, tpot_s = predicted("vllm-0.6", trace, rate_per_s, plan)
     assert tpot_s == pytest.approx(measured().loc[(trace, rate_per_s, plan)].tpot_s, rel=0.2)
+
+
+@pytest.mark.parametrize(("trace", "rate_per_s"), CASES)
+def test_plans_rank_as_measured(trace: str, rate_per_s: float) -> None:
+    """Every pair of plans in both metrics; pairs measured within 5 % of each other are ties (only TTFT of TP8 and TP4)."""
+    for metric, name in enumerate(("ttft_s", "tpot_s")):
+        for better, worse in (("8TP", "2DP4TP"), ("2DP4TP", "4DP2TP"), ("8TP", "4DP2TP")):
+            seen = [measured().loc[(trace, rate_per_s, plan)][name] for plan in (better, worse)]
+            told = [predicted("vllm-0.6", trace, rate_per_s, plan)[metric] for plan in (better, worse)]
+            if abs(seen[0] / seen[1] - 1) > 0.05:
+                assert (told[0] < told[1]) == (seen[0] < seen[1]), (name, better, worse)
+
+
+def test_long_prompts_first_token_within_30_percent() -> None:
+    """Summarization (2,757 prompt tokens) is the trace whose TTFT is device time rather than host time."""
+    for rate_per_s in (0.25, 0.5):
+        for plan in PLANS:
+            ttft_s, _ = predicted("vllm-0.6", "summarization", rate_per_s, plan)
+            assert ttft_s == pytest.approx(measured().loc[("summarization", rate_per_s, plan)].ttft_s, rel=0.3)

@@ -1,0 +1,202 @@
+"""What --json prints: one object on standard output, in a layout that only grows.
+
+Every object has `version` (1). Times are seconds, sizes bytes, rates per second; a number that does not exist is null.
+Within a version keys are added, never renamed or removed.
+
+shardwise plan
+    question     model, hardware, gpus, engine, router, traffic, requests, rate_per_s (null: none demanded), limits,
+                 objective, seed, seconds, tolerance
+    best         the first of `ranked`, and `metrics` and `totals` of it simulated with all its steps at `rate_per_s`,
+                 as in `shardwise simulate`
+    ranked       list of {plan, words, gpus_used, idle_gpus, value, unit, bound, tie, capacity_per_s, rate_per_s,
+                 goodput_per_s, output_tokens_per_s, limits, mean_tpot_s, mean_e2e_s, j_per_output_token}; `plan` is the
+                 content of a plan file; `bound` is a score no simulation of the plan can exceed (higher is better);
+                 `limits` maps each limit to the value reached
+    considered, pruned {law: plans}, simulated, trials, untried, gap
+                 gap: the share by which any plan not tried can still be better; 0 means proved within the tolerance
+    pareto       list of {plan, words, rate_per_s, tokens_per_s_per_gpu, tokens_per_s_per_user}
+    evidence     {source of prices: share of a step's time}
+    wall_s       of the search
+
+shardwise simulate
+    plan, words
+    metrics      duration_s, overall, classes {name: as overall}, goodput_requests_per_s_per_gpu,
+                 output_tokens_per_s_per_gpu, mfu, mbu, kv_use_mean, kv_use_max, queue_mean, queue_max,
+                 j_per_output_token, usd_per_million_output_tokens;
+                 overall: requests, finished, rejected, preemptions, ttft_s, tpot_s, itl_s and e2e_s as {count, mean,
+                 p50, p90, p95, p99}, slo_attainment, goodput_requests_per_s, output_tokens_per_s, total_tokens_per_s
+    totals       gpus, replicas, makespan_s, model_flops, hbm_bytes, energy_j, price_usd_per_h, peak_flops_per_s,
+                 memory_bytes_per_s, kv_blocks, seed, events
+    limits       {limit: whether the measured requests keep it together}, empty without limits
+    replications {metric: {mean, half_width, runs}} of a 95 % interval; null for a single run
+    wall_s       of the simulation
+
+shardwise explain
+    plan, words, pools: list of {pool, memory, steps}
+    memory       device_bytes, weights_bytes, activations_bytes, engine_bytes, kv_bytes, kv_bytes_per_token, kv_blocks,
+                 kv_tokens (of one scheduler)
+    steps        list of {title, tokens, time_s, step_model_s, binding, bounds {resource: seconds}, mfu, mbu,
+                 operators: list of {name, kind, count, time_s, share, flops, bytes, bound, algorithm, link}}; flops and
+                 bytes are sums over all launches on one device
+
+shardwise models      models: list of {name, parameters, active_parameters, layers, hidden, attention, experts,
+                      kv_bytes_per_token, max_context_tokens, published_parameters, source}; KV in 16 bit
+shardwise hardware    devices: list of {name, vendor, kind, peak_flops_per_s {format: rate}, memory_bytes,
+                      memory_bytes_per_s, tdp_w, idle_w, price_usd_per_h, default_cluster, source};
+                      clusters: list of {name, device, gpus_per_node, intra, inter, source}, links as {name, kind,
+                      bytes_per_s, latency_s} or null
+shardwise export      engine, version, files {name: text}, notes
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from ui.words import in_words
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from planner import Plan, SearchResult
+    from planner.explain import Explanation
+    from planner.search import Ranked
+    from simulator.metrics import Limit, Metrics
+    from simulator.result import RunTotals
+
+VERSION = 1
+
+
+def dumps(content: Mapping[str, Any]) -> str:
+    """The object as text; numbers that are not finite become null."""
+    return json.dumps({"version": VERSION, **_finite(content)}, indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def plan_object(result: SearchResult, traffic: str, metrics: Metrics, totals: RunTotals) -> dict[str, Any]:
+    """The answer of a search; `metrics` and `totals` are those of its best plan."""
+    question = result.question
+    ranked = [_ranked(result, entry) for entry in result.ranked]
+    return {
+        "question": {
+            "model": question.model,
+            "hardware": question.hardware,
+            "gpus": question.gpus,
+            "engine": question.engine,
+            "router": question.router,
+            "traffic": traffic,
+            "requests": len(question.requests),
+            "rate_per_s": question.rate_per_s,
+            "limits": [str(limit) for limit in question.limits],
+            "objective": question.objective,
+            "seed": question.seed,
+            "seconds": question.seconds,
+            "tolerance": question.tolerance,
+        },
+        "best": {**ranked[0], "metrics": asdict(metrics), "totals": asdict(totals)},
+        "ranked": ranked,
+        "considered": result.considered,
+        "pruned": dict(result.pruned),
+        "simulated": result.simulated,
+        "trials": result.trials,
+        "untried": result.untried,
+        "gap": result.gap,
+        "pareto": [
+            {
+                "plan": asdict(point.plan),
+                "words": in_words(point.plan),
+                "rate_per_s": point.rate_per_s,
+                "tokens_per_s_per_gpu": point.tokens_per_s_per_gpu,
+                "tokens_per_s_per_user": point.tokens_per_s_per_user,
+            }
+            for point in result.points
+        ],
+        "evidence": dict(result.evidence),
+        "wall_s": result.wall_s,
+    }
+
+
+def _ranked(result: SearchResult, entry: Ranked) -> dict[str, Any]:
+    plan, trial = entry.plan, entry.trial
+    return {
+        "plan": asdict(plan),
+        "words": in_words(plan),
+        "gpus_used": plan.gpus_used,
+        "idle_gpus": plan.gpus - plan.gpus_used,
+        "value": entry.value,
+        "unit": result.unit,
+        "bound": entry.bound,
+        "tie": entry.tie,
+        "capacity_per_s": entry.capacity_per_s,
+        "rate_per_s": trial.rate_per_s,
+        "goodput_per_s": trial.goodput_per_s,
+        "output_tokens_per_s": trial.output_tokens_per_s,
+        "limits": dict(zip(map(str, result.question.limits), trial.values_s, strict=True)),
+        "mean_tpot_s": trial.mean_tpot_s,
+        "mean_e2e_s": trial.mean_e2e_s,
+        "j_per_output_token": trial.joules_per_token,
+    }
+
+
+def simulation_object(
+    plan: Plan,
+    metrics: Metrics,
+    totals: RunTotals,
+    kept: Mapping[Limit, bool],
+    replications: pd.DataFrame | None,
+    wall_s: float,
+) -> dict[str, Any]:
+    """One simulated plan."""
+    return {
+        "plan": asdict(plan),
+        "words": in_words(plan),
+        "metrics": asdict(metrics),
+        "totals": asdict(totals),
+        "limits": {str(limit): value for limit, value in kept.items()},
+        "replications": None if replications is None else _replications(replications),
+        "wall_s": wall_s,
+    }
+
+
+def _replications(table: pd.DataFrame) -> dict[str, Any]:
+    rows = zip(table.index, table["mean"].tolist(), table["half_width"].tolist(), table["runs"].tolist(), strict=True)
+    return {str(name): {"mean": mean, "half_width": half, "runs": runs} for name, mean, half, runs in rows}
+
+
+def explanation_object(plan: Plan, pools: list[Explanation]) -> dict[str, Any]:
+    """Where the steps of a plan spend their time."""
+    return {
+        "plan": asdict(plan),
+        "words": in_words(plan),
+        "pools": [
+            {
+                "pool": asdict(found.pool),
+                "memory": asdict(found.memory),
+                "steps": [
+                    {
+                        "title": step.title,
+                        "tokens": step.tokens,
+                        "time_s": step.time_s,
+                        "step_model_s": step.step_model_s,
+                        "binding": step.binding,
+                        "bounds": step.bounds,
+                        "mfu": step.mfu,
+                        "mbu": step.mbu,
+                        "operators": [{**asdict(row), "share": row.time_s / step.time_s} for row in step.rows],
+                    }
+                    for step in found.steps
+                ],
+            }
+            for found in pools
+        ],
+    }

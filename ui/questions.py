@@ -1,0 +1,161 @@
+"""From what was typed to what is asked: options into requests, limits and a Question."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+
+from hwmodels.errors import ShardwiseError
+from hwmodels.hardware import Device, load_cluster
+from hwmodels.mapping import DTYPE_BYTES, Precision
+from planner import Plan, Question
+from planner.catalogue import Catalogue, format_problem, open_catalogue
+from planner.errors import PlanError
+from planner.planfile import read_plan
+from planner.space import Choices
+from simulator.metrics import Limit, parse_limit
+from simulator.scheduler import POLICIES, Policy
+from simulator.traces import read_trace
+from simulator.workload import Requests, load_profile, synthesize
+
+#: What `shardwise plan` asks where nothing else is said.
+MODEL, HARDWARE, GPUS, WORKLOAD, REQUESTS, RATE_PER_S = (
+    "llama-3.1-70b", "h100-sxm", 16, "azure-conversation-2023", 10_000, 8.0,
+)  # fmt: skip
+LIMITS: dict[str, str | None] = {"ttft": "p99=2s", "tpot": "p99=50ms", "e2e": None}
+
+#: Largest step that is tabulated; beyond it the tables of one plan take gigabytes.
+MOST_TOKENS, MOST_SEQS = 2**18, 2**14
+
+
+class OptionError(ShardwiseError):
+    """Options that cannot be meant together, or not in this form."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Where requests come from: a recorded trace or else a workload profile; `count` None for as many as is usual."""
+
+    trace: Path | None = None
+    workload: str | None = None
+    count: int | None = None
+    drop_empty: bool = False
+
+    def __post_init__(self) -> None:
+        if self.trace is not None and self.workload is not None:
+            raise OptionError(f"--trace {self.trace} and --workload {self.workload}: expected one of them")
+        if self.count is not None and self.count < 1:
+            raise OptionError(f"--requests {self.count}: expected at least 1")
+
+    @property
+    def name(self) -> str:
+        """What the traffic is called in answers."""
+        return str(self.trace) if self.trace is not None else self.workload or WORKLOAD
+
+    def requests(self, seed: int, rate_per_s: float | None = None) -> Requests:
+        """The requests; a trace as recorded and repeated where more are wanted than it has, a profile drawn anew."""
+        if self.trace is None:
+            found = synthesize(load_profile(self.name), self.count or REQUESTS, seed=seed)
+        else:
+            recorded = read_trace(self.trace, drop_empty=self.drop_empty)
+            found = recorded.head(REQUESTS) if self.count is None else recorded.take(self.count)
+        return found if rate_per_s is None else found.scaled_to_rate(rate_per_s)
+
+
+def limits(asked: dict[str, str | None], usual: dict[str, str | None]) -> tuple[Limit, ...]:
+    """The limits typed as ttft, tpot, itl and e2e; `usual` where none is; 'none' means no limit."""
+    chosen = asked if any(text is not None for text in asked.values()) else usual
+    return tuple(
+        parse_limit(metric, text) for metric, text in chosen.items() if text is not None and text.strip() != "none"
+    )
+
+
+def numbers(option: str, text: str, most: int) -> tuple[int, ...]:
+    """Whole numbers between commas, ascending."""
+    found = set()
+    for word in text.split(","):
+        try:
+            number = int(word)
+        except ValueError:
+            number = 0
+        if not 1 <= number <= most:
+            raise OptionError(f"{option} {text}: {word!r} found, expected whole numbers from 1 to {most}, such as 512,2048")
+        found.add(number)
+    return tuple(sorted(found))
+
+
+def policies(text: str) -> tuple[Policy, ...]:
+    """Scheduling policies between commas."""
+    found: list[Policy] = []
+    for word in (part.strip() for part in text.split(",")):
+        known = next((policy for policy in _policies() if policy == word), None)
+        if known is None:
+            raise OptionError(f"--policy {text}: {word!r} found, expected some of {', '.join(_policies())}")
+        found.append(known)
+    return tuple(dict.fromkeys(found))
+
+
+def _policies() -> tuple[Policy, ...]:
+    return tuple(POLICIES)
+
+
+def formats(device: Device, weights: str | None, activations: str | None, kv: str | None) -> tuple[Precision, ...]:
+    """Every legal combination of the formats between commas; by default 16 bit, or the widest the device multiplies in."""
+    native = next((f for f in ("bf16", "fp16", "fp32", "int8", "fp8") if f in device.peak_flops_per_s), "bf16")
+    lists = []
+    for option, text in (("--weights", weights), ("--activations", activations), ("--kv", kv)):
+        words = [native] if text is None else list(dict.fromkeys(word.strip() for word in text.split(",")))
+        for word in words:
+            if word not in DTYPE_BYTES:
+                raise OptionError(f"{option} {text}: {word!r} found, expected some of {', '.join(DTYPE_BYTES)}")
+        lists.append(words)
+    return tuple(Precision(*words) for words in itertools.product(*lists))
+
+
+def choices(
+    question_hardware: str,
+    gpus: int,
+    *,
+    weights: str | None,
+    activations: str | None,
+    kv: str | None,
+    policy: str | None,
+    token_budget: str | None,
+    max_seqs: str | None,
+) -> Choices:
+    """What the search may vary; what was not typed is left at its default."""
+    cluster = load_cluster(question_hardware, gpus)
+    every = formats(cluster.device, weights, activations, kv)
+    legal = tuple(precision for precision in every if format_problem(cluster, precision) is None)
+    found = Choices(precisions=legal or every)
+    if policy is not None:
+        found = replace(found, policies=policies(policy))
+    if token_budget is not None:
+        found = replace(found, token_budgets=numbers("--token-budget", token_budget, MOST_TOKENS))
+    if max_seqs is not None:
+        found = replace(found, max_seqs=numbers("--max-seqs", max_seqs, MOST_SEQS))
+    return found
+
+
+def check_rate(question: Question) -> None:
+    """Raise PlanError where the traffic has no rate of its own that could be demanded."""
+    if question.objective != "goodput-per-gpu" and not isfinite(question.demanded_per_s):
+        raise PlanError(f"rate of {len(question.requests)} request(s): expected two or more that arrive apart; give --rate")
+
+
+def opened(path: Path) -> tuple[Plan, Catalogue]:
+    """A plan file and what its plan is made of; raises a ShardwiseError for one that cannot be simulated."""
+    plan = read_plan(path)
+    catalogue = open_catalogue(plan.model, plan.hardware, plan.gpus, plan.engine)
+    for index, pool in enumerate(plan.pools):
+        most = {
+            "token_budget": MOST_TOKENS, "max_seqs": MOST_SEQS, "max_context_tokens": catalogue.model.max_context_tokens
+        }  # fmt: skip
+        for key, value in most.items():
+            if getattr(pool, key) > value:
+                raise PlanError(f"{path}: pools[{index}].{key} is {getattr(pool, key)}, expected at most {value}")
+    return plan, catalogue

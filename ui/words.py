@@ -1,0 +1,91 @@
+"""Plans, numbers and units as people say them."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+from planner.plan import Plan, Pool
+
+
+def cut(pool: Pool) -> str:
+    """The degrees that are above 1, tp always."""
+    degrees = {"pp": pool.pp, "attention_dp": pool.attention_dp, "ep": pool.ep, "expert_tp": pool.expert_tp}
+    return " ".join([f"tp={pool.tp}", *(f"{name}={degree}" for name, degree in degrees.items() if degree > 1)])
+
+
+def kept(pool: Pool) -> str:
+    """The number formats, in one word where they are one."""
+    if pool.weights == pool.activations == pool.kv:
+        return pool.weights
+    return f"{pool.weights} weights, {pool.activations} activations, {pool.kv} KV"
+
+
+def replicas(pool: Pool) -> str:
+    """How many of what, such as '4 replicas of tp=4'."""
+    return f"{pool.replicas} {'replica' if pool.replicas == 1 else 'replicas'} of {cut(pool)}"
+
+
+def in_short(plan: Plan) -> str:
+    """How the plan cuts the model, such as '4 x tp=4'."""
+    return " + ".join(f"{pool.replicas} x {cut(pool)}" for pool in plan.pools)
+
+
+def in_words(plan: Plan) -> str:
+    """What the plan runs, such as '4 replicas of tp=4 (chunked, ...) on 16 GPUs; 0 idle'."""
+    kinds = [
+        f"{replicas(pool)} ({pool.policy}, up to {pool.max_seqs} sequences and {pool.token_budget} tokens a step, "
+        f"{kept(pool)})"
+        for pool in plan.pools
+    ]
+    return f"{' + '.join(kinds)} on {plan.gpus_used} of {plan.gpus} GPUs; {plan.gpus - plan.gpus_used} idle"
+
+
+def seconds(value: float | None) -> str:
+    """A time with the unit that suits it; a dash where there is none.
+
+    >>> seconds(0.0234), seconds(2.5), seconds(0.0000041), seconds(None)
+    ('23.4 ms', '2.5 s', '4.1 us', '-')
+    """
+    if value is None or not isfinite(value):
+        return "-"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {unit}" if abs(value) < 1000 else f"{value:.0f} s"
+    return "0 s" if value == 0 else f"{value / 1e-6:.3g} us"
+
+
+def number(value: float | None) -> str:
+    """Three figures, thousands separated; a dash where there is none.
+
+    >>> number(1234567.0), number(0.01234), number(float("nan"))
+    ('1,234,567', '0.0123', '-')
+    """
+    if value is None or not isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def scaled(value: float, unit: str) -> str:
+    """With a decimal prefix.
+
+    >>> scaled(3.2e9, "B"), scaled(5, "FLOP")
+    ('3.2 GB', '5 FLOP')
+    """
+    for prefix, factor in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def percent(share: float | None) -> str:
+    """A share; a dash where there is none."""
+    return "-" if share is None or not isfinite(share) else f"{100 * share:.3g} %"
+
+
+def printable(text: str) -> str:
+    """The text on one line, with characters a terminal would act on written out.
+
+    >>> printable("a\\nb\\x1b[31m")
+    'a\\\\nb\\\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
