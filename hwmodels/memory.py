@@ -49,7 +49,7 @@ def kv_bytes_per_rank(layers: Sequence[Layer], tp: int, precision: Precision) ->
 
 
 def _attention_share(attention: Attention, hidden: int, tp: int) -> float:
-    """Attention parameters on one rank: heads are divided, KV heads copied where there are fewer than ranks, latents kept whole."""
+    """Attention parameters on one rank: heads divided, KV heads copied if fewer than ranks, latents kept whole."""
     total = attention_parameters(attention, hidden)
     if attention.latent is not None:
         latent = attention.latent
@@ -87,15 +87,17 @@ def stage_weight_bytes(
 
 
 def activation_elements(model: ModelShape, mapping: Mapping) -> float:
-    """Peak elements per token of a step's intermediate tensors on one rank: residual, normed input, widest projection."""
+    """Peak elements per token of a step's tensors on one rank: residual, normed input, widest projection."""
     widest = 0.0
     for layer in set(model.layers):
         a, ff = layer.attention, layer.feed_forward
         qkv = (a.heads + 2 * a.kv_heads) * a.head_dim / mapping.tp
         up = 3 * ff.intermediate / mapping.tp
         if ff.experts:
-            rows = mapping.attention_dp * ff.top_k / (mapping.ep * mapping.expert_tp)
-            up = rows * (model.hidden + 3 * ff.intermediate) + 3 * ff.shared_intermediate / mapping.tp
+            # Ranks that share an expert keep whole rows of its input, and their part of the rows inside it.
+            rows = mapping.attention_dp * ff.top_k / mapping.ep
+            routed = rows * (model.hidden + 3 * ff.intermediate / mapping.expert_tp)
+            up = routed + 3 * ff.shared_intermediate / mapping.tp
         widest = max(widest, qkv, up)
     return 4 * model.hidden + widest
 
@@ -156,7 +158,7 @@ def require_fit(
     if memory.kv_blocks < needed:
         missing = (needed * mapping.pp * block_tokens * memory.kv_bytes_per_token - memory.kv_bytes) / GIB
         raise OutOfMemoryError(
-            f"{model.name} on {mapping.gpus} x {device.name} (tp={mapping.tp} pp={mapping.pp}): {missing:.1f} GiB per device "
-            f"short of weights, activations and one sequence of {tokens} tokens; expected more devices per replica, "
+            f"{model.name} on {mapping.gpus} x {device.name} (tp={mapping.tp} pp={mapping.pp}): {missing:.1f} GiB "
+            f"per device short of weights, activations and one sequence of {tokens} tokens; expected more devices per replica, "
             f"narrower weights or a shorter context"
         )

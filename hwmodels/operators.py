@@ -137,7 +137,7 @@ Operator = Gemm | GroupedGemm | AttentionCore | Elementwise | Communication
 
 
 def wire_bytes(p: Precision) -> float:
-    """Bytes of one activation between kernels and ranks: 16 bit at least, since only GEMM inputs are quantised further."""
+    """Bytes of one activation between kernels and ranks: 16 bit at least, only GEMM inputs are quantised further."""
     return max(2.0, DTYPE_BYTES[p.activations])
 
 

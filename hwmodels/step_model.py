@@ -101,7 +101,7 @@ def stage_layers(model: ModelShape, mapping: Mapping) -> list[tuple[Layer, ...]]
 def linear_operators(
     model: ModelShape, layers: Sequence[Layer], tokens: Array, mapping: Mapping, precision: Precision, *, first: bool
 ) -> list[Operator]:
-    """Operators of a stage whose size depends on the step's tokens alone, but for the experts shared by several groups."""
+    """Operators whose size depends on the step's tokens alone, but for the experts shared by several groups."""
     found: list[Operator] = ops.embedding(model, tokens, mapping.tp, precision) if first else []
     for layer, count in Counter(layers).items():
         found += ops.attention_linear(model, layer.attention, tokens, mapping, precision, count)

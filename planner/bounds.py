@@ -7,10 +7,10 @@ decode tokens, K the cached tokens their decode steps attend to. For one schedul
 
 with h the lower convex hull of the stage's time over the tokens of a step (so that sum h(T_i) >= N h(X/N) by Jensen),
 T* its best tokens per step, zeta, delta, kappa, eta the least time per cached token, decode step, query-key pair and
-sampled token, and N_min the fewest decode steps: no step holds more than max_seqs sequences, nor more tokens than the KV
-pool, nor, on average over the tokens of requests that meet a TPOT limit s, more sequences than the line below the decode
-step time reaches at s (if sum w_i t_i <= s sum w_i and t_i >= a + b w_i, then sum w_i^2 <= (s - a)/b sum w_i, and
-N >= (sum w)^2 / sum w^2 by Cauchy and Schwarz). Attention groups in lockstep share the work: their mean is below their
+sampled token, and N_min the fewest decode steps: no step holds more than max_seqs sequences, nor more tokens than
+the KV pool, nor, on average over the tokens of requests that meet a TPOT limit s, more sequences than the line below
+the decode step time reaches at s (if sum w_i t_i <= s sum w_i and t_i >= a + b w_i, then
+sum w_i^2 <= (s - a)/b sum w_i, and N >= (sum w)^2 / sum w^2 by Cauchy and Schwarz). Attention groups in lockstep share the work: their mean is below their
 maximum, so the formula holds with X, D and K divided by the groups.
 """
 
@@ -72,7 +72,7 @@ class StageBound:
 
 
 def lower_hull(values: Array, points: Sequence[int]) -> Array:
-    """The largest convex sequence below values[1:], which is linear between `points`; values[0] continues the first slope.
+    """The largest convex sequence below values[1:], linear between `points`; values[0] continues the first slope.
 
     >>> lower_hull(np.array([0.0, 3.0, 5.0, 5.0, 9.0]), [1, 2, 3, 4]).tolist()
     [2.0, 3.0, 4.0, 5.0, 9.0]

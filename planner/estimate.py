@@ -1,4 +1,4 @@
-"""A guess at the rate a replica keeps within its limits, from a fluid model: where to look first, never what to believe."""
+"""A guess at the rate a replica keeps within its limits, from a fluid model: where to look, not what to believe."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def nothing_fits(question: Question, catalogue: Catalogue, longest_tokens: int) 
         if shortest(question, larger, longest_tokens) <= 0:
             return NoFeasiblePlanError(
                 f"{what}: {missing / GIB:.1f} GiB short on the fullest device (weights, activations and one request of "
-                f"{longest_tokens} tokens); the smallest cluster that would do is {gpus} x {device.name}, or use narrower weights"
+                f"{longest_tokens} tokens); the smallest cluster that would do is {gpus} x {device.name}, "
+                "or use narrower weights"
             )
     return NoFeasiblePlanError(
         f"{what}: {missing / GIB:.1f} GiB short on the fullest device (weights, activations and one request of "

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 class Pool:
     """Replicas that are cut, kept and scheduled alike.
 
-    replicas, tp, pp, attention_dp, ep, expert_tp   see hwmodels.mapping.Mapping; replicas is plain data parallelism (DP)
+    replicas, tp, pp, attention_dp, ep, expert_tp   see hwmodels.mapping.Mapping; replicas is plain data parallelism )
     stages                layers of each pipeline stage, None for the most even split
     weights, activations, kv   number formats
     policy                how prefill and decode share steps

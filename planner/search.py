@@ -1,4 +1,4 @@
-"""Search that proves what it prunes: the simulator is spent best bound first until no bound beats the best plan found."""
+"""Search that proves what it prunes: plans are simulated until no bound beats the best plan found or time is over."""
 
 from __future__ import annotations
 
@@ -404,8 +404,10 @@ class Search:
         tried = f"none of the {len(self.tried)} plans simulated on {question.gpus} x {question.hardware}"
         if worst is not None and self.closest[worst] > worst.seconds:
             return NoFeasiblePlanError(
-                f"{worst}: {tried} keeps it; the best reached {self.closest[worst]:.4g} s; relax the limit, lower the rate or add devices"
+                f"{worst}: {tried} keeps it; the best reached {self.closest[worst]:.4g} s; relax the limit, lower the "
+                "rate or add devices"
             )
         return NoFeasiblePlanError(
-            f"rate {question.demanded_per_s:g}/s: {tried} keeps all limits together at it; lower the rate, relax a limit or add devices"
+            f"rate {question.demanded_per_s:g}/s: {tried} keeps all limits together at it; lower the rate, relax a "
+            "limit or add devices"
         )

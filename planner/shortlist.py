@@ -68,7 +68,8 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
     longest = int((requests.prompt_tokens + requests.output_tokens).max())
     if longest > catalogue.model.max_context_tokens:
         raise NoFeasiblePlanError(
-            f"longest request: {longest} tokens; {catalogue.model.name} takes at most {catalogue.model.max_context_tokens}; "
+            f"longest request: {longest} tokens; {catalogue.model.name} takes at most "
+            f"{catalogue.model.max_context_tokens}; "
             "choose a model of longer context or drop the longest requests"
         )
     space = enumerate_pools(catalogue, question.choices, longest)
@@ -174,10 +175,11 @@ def _nothing_left(question: Question, result: Shortlist) -> NoFeasiblePlanError:
     for limit in question.limits:
         if result.floors[limit] > limit.seconds:
             return NoFeasiblePlanError(
-                f"{limit}: no plan on {question.gpus} x {question.hardware} gets below {result.floors[limit]:.4g} s even on an empty "
-                "machine; relax the limit, use faster devices, or narrower weights"
+                f"{limit}: no plan on {question.gpus} x {question.hardware} gets below {result.floors[limit]:.4g} s "
+                "even on an empty machine; relax the limit, use faster devices, or narrower weights"
             )
+    needed = ceil(question.gpus * question.demanded_per_s / max(result.fastest_per_s, 1e-9))
     return NoFeasiblePlanError(
-        f"rate {question.demanded_per_s:g}/s: no plan on {question.gpus} x {question.hardware} can exceed {result.fastest_per_s:.3g}/s; "
-        f"expected about {ceil(question.gpus * question.demanded_per_s / max(result.fastest_per_s, 1e-9))} devices or a lower rate"
+        f"rate {question.demanded_per_s:g}/s: no plan on {question.gpus} x {question.hardware} can exceed "
+        f"{result.fastest_per_s:.3g}/s; expected about {needed} devices or a lower rate"
     )

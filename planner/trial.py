@@ -157,7 +157,7 @@ def capacity(
     beat: bool = False,
     tolerance: float = 0.02,
 ) -> tuple[Trial | None, list[Trial]]:
-    """The trial at the highest rate within the limits, and all trials made, by bisection with the same requests at every rate.
+    """The trial at the highest rate within the limits, and all trials made: bisection with the same requests.
 
     at_most_per_s   a rate no plan of this kind can keep up with
     guess_per_s     where to start

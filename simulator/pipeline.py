@@ -131,7 +131,7 @@ class PipelineReplica:
         return self._finish(lane, 1, at)
 
     def _run_on(self, lane: int, start_s: float) -> Sequence[int]:
-        """Start a step of a run, and those that follow until a run ends, a batch has to be formed, or a request may arrive."""
+        """Start steps of runs until one ends, a batch has to be formed, or a request may arrive."""
         free_at, ready, left, done = self._free_at, self._ready, self._left, self._done
         busy = [i for i, scheduler in enumerate(self.schedulers) if scheduler.has_work]
         horizon_s = self._horizon_s

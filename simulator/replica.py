@@ -40,7 +40,7 @@ def steps_until(first_s: float, slope_s: float, wait_s: float, limit: int) -> in
 
 
 class Replica:
-    """One scheduler on one step model: the next change is decided by `plan`, may be shortened, and is taken by `commit`.
+    """One scheduler on one step model: the next change is decided by `plan`, can be shortened, is taken by `commit`.
 
     index   where the replica stands in the log
     now     the step boundary reached, in seconds

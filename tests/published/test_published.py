@@ -159,20 +159,25 @@ def test_v22_decodes_that_ride_along_cost_a_tenth() -> None:
 
 
 def test_v22_end_to_end_gain() -> None:
-    """1.33 times the throughput of separate prefill and decode batches; gain within 25 %.
+    """1.33 times the throughput of separate prefill and decode batches; within 25 %.
 
-    Chunks of C = 256 tokens and prompts P and outputs D in the ratio P:D = C/(B - 1) that lets every decode ride along.
+    A step of 256 tokens, chunk and decodes together, fills whole GEMM tiles; prompts P and outputs D in the ratio
+    P:D = C/(B - 1) let every decode ride along. Chunks of 256 tokens besides the decodes spoil the tiles: the paper's
+    tile-quantisation effect.
     """
-    output = round(1024 / (1 + 256 / (SEQUENCES - 1)))
+    step, riders = 256, SEQUENCES - 1
+    output = round(1024 / (1 + (step - riders) / riders))
     requests = at_once(20 * SEQUENCES, 1024 - output, output)
 
     def total_s(policy: Policy, budget: int) -> float:
         config = SchedulerConfig(policy, max_seqs=SEQUENCES, token_budget=budget, max_context_tokens=1024)
         return makespan_s(llama_13b_a6000(), Mapping(), config, requests)
 
-    gain = total_s("static", SEQUENCES * 1024) / total_s("chunked", 256 + SEQUENCES - 1)
+    separate_s = total_s("static", SEQUENCES * 1024)
+    gain = separate_s / total_s("chunked", step)
     assert gain == pytest.approx(1.33, rel=0.25)
-    assert gain > 1.1
+    assert gain > 1.15
+    assert gain > 1.1 * separate_s / total_s("chunked", step + riders)
 
 
 # V25: Llama-3.1-70B on eight H100, measured with vLLM 0.6 (microsoft/apex_plus @8769096): TTFT and TPOT rise from TP8

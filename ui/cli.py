@@ -1,0 +1,221 @@
+"""The command `shardwise`: what to run, simulated, explained and exported.
+
+Commands import what they need when they run, so that looking something up does not wait for the simulator.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hwmodels.errors import ShardwiseError
+
+if TYPE_CHECKING:
+    from simulator.metrics import Metrics
+    from simulator.result import Result
+
+EXIT_CODES = """Exit codes: 0 done; 2 wrong usage; 3 a model, device, engine or workload that is unknown or whose file is
+wrong; 4 a plan, limit or setting that contradicts itself or the model; 5 a plan that does not fit in memory; 6 a trace or
+traffic that cannot be replayed; 7 no plan fits or keeps the limits; 8 results that cannot be written; 130 interrupted.
+Errors are one line on standard error."""
+
+app = typer.Typer(
+    name="shardwise",
+    help="Which execution plan should serve this model on this hardware for this traffic, and how do we know?",
+    epilog=EXIT_CODES,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+#: What typer raises for options it cannot read, wherever it keeps click.
+_Usage: type[Exception] = typer.BadParameter.__mro__[1]
+_Unreadable: type[Exception] = _Usage.__mro__[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code. Expected failures are one line on standard error, bugs a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
+    try:
+        code = app(args=words or ["--help"], prog_name="shardwise", standalone_mode=False)
+        sys.stdout.flush()
+    except ShardwiseError as error:
+        return _failed(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _failed("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
+        return 1
+    except _Unreadable as error:
+        return _failed(getattr(error, "format_message", error.__str__)(), 2)
+    if code == 130:
+        return _failed("interrupted", 130)
+    return code if isinstance(code, int) else 0
+
+
+def _failed(message: str, code: int) -> int:
+    from ui.words import printable
+
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    return code
+
+
+def _above_zero(value: float | None) -> float | None:
+    if value is not None and not (isfinite(value) and value > 0):
+        raise typer.BadParameter(f"{value} is not a finite number above 0")
+    return value
+
+
+def _not_negative(value: float | None) -> float | None:
+    if value is not None and not (isfinite(value) and value >= 0):
+        raise typer.BadParameter(f"{value} is not a finite number of at least 0")
+    return value
+
+
+PlanFile = Annotated[Path, typer.Argument(help="Plan file in YAML, as 'shardwise plan --save' writes it.", metavar="PLAN")]
+Trace = Annotated[
+    Path | None,
+    typer.Option(help="Recorded requests: Azure 2023 CSV, Mooncake JSON lines or plain CSV, gzip too.", metavar="FILE"),
+]
+Workload = Annotated[
+    str | None,
+    typer.Option(help="Shipped traffic profile or YAML file [default: azure-conversation-2023].", metavar="NAME"),
+]
+DropEmpty = Annotated[bool, typer.Option("--drop-empty", help="Leave out traced requests without tokens.")]
+Requests = Annotated[
+    int | None,
+    typer.Option(min=1, help="Requests to take; a shorter trace is repeated [default: 10000, or a whole shorter trace]."),
+]
+Ttft = Annotated[str | None, typer.Option(help="Limit on the time to first token, such as p99=2s.", metavar="LIMIT")]
+Tpot = Annotated[str | None, typer.Option(help="Limit on the time per output token, such as p99=50ms.", metavar="LIMIT")]
+E2e = Annotated[str | None, typer.Option(help="Limit on the end-to-end time, such as mean=20s.", metavar="LIMIT")]
+Itl = Annotated[str | None, typer.Option(help="Limit on the time between tokens, such as p99=80ms.", metavar="LIMIT")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
+Save = Annotated[Path | None, typer.Option(help="Folder to write the results to.", metavar="DIR")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+List = typer.Option(metavar="LIST", show_default=False)
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[
+        str | None, typer.Option(help="Shipped model, or a Hugging Face config.json [default: llama-3.1-70b].")
+    ] = None,
+    hardware: Annotated[str | None, typer.Option(help="Device or cluster [default: h100-sxm].")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Devices at hand [default: 16].")] = None,
+    trace: Trace = None,
+    workload: Workload = None,
+    requests: Requests = None,
+    drop_empty: DropEmpty = False,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            callback=_above_zero,
+            help="Requests per second that must be served [default: 8 for the default model, devices and traffic; else "
+            "as many as possible for goodput-per-gpu, and the traffic's own rate for other objectives].",
+        ),
+    ] = None,
+    ttft: Ttft = None,
+    tpot: Tpot = None,
+    e2e: E2e = None,
+    objective: Annotated[
+        str, typer.Option(help="goodput-per-gpu, fewest-gpus, cost, energy or latency.")
+    ] = "goodput-per-gpu",
+    engine: Annotated[str, typer.Option(help="Engine profile whose overheads are counted.")] = "vllm",
+    router: Annotated[str, typer.Option(help="round-robin, random, least-tokens or power-of-two.")] = "round-robin",
+    weights: Annotated[str | None, typer.Option(help="Formats of the weights, such as bf16,fp8.", metavar="LIST")] = None,
+    activations: Annotated[str | None, typer.Option(help="Formats of the arithmetic.", metavar="LIST")] = None,
+    kv: Annotated[str | None, typer.Option(help="Formats of the KV cache.", metavar="LIST")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Schedulers: chunked, prefill-first, orca, static.", metavar="LIST")
+    ] = None,
+    token_budget: Annotated[str | None, typer.Option(help="Tokens in a step.", metavar="LIST")] = None,
+    max_seqs: Annotated[str | None, typer.Option(help="Sequences in a step.", metavar="LIST")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(callback=_above_zero, help="Time after which no further plan is tried [default: 12].")
+    ] = None,
+    seed: Seed = 0,
+    tolerance: Annotated[
+        float | None, typer.Option(callback=_above_zero, help="Relative width of what counts as equal [default: 0.02].")
+    ] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Plans to show.")] = 10,
+    save: Save = None,
+    as_json: Json = False,
+) -> None:
+    """Search for the best plan; without options, for Llama-3.1-70B on 16 H100 under a conversation workload.
+
+    Limits hold together; where none is given, ttft p99=2s and tpot p99=50ms hold ('none' takes one away).
+    """
+    from planner import Question, search
+    from planner.catalogue import open_catalogue
+    from simulator.metrics import summarize
+    from simulator.save import save_result
+    from simulator.simulate import simulate
+    from ui import jsonout, questions, rendering, saving
+    from ui.waiting import bar
+
+    names = ("plan.yaml", "plans.csv", "result.json")
+    saving.require_writable(save, names)
+    traffic = questions.Traffic(trace, workload, requests, drop_empty)
+    if rate is None and all(option is None for option in (model, hardware, gpus, trace, workload)):
+        rate = questions.RATE_PER_S
+    given = {"seconds": seconds, "tolerance": tolerance}
+    hardware, gpus = hardware or questions.HARDWARE, gpus or questions.GPUS
+    question = Question(
+        model=model or questions.MODEL,
+        hardware=hardware,
+        gpus=gpus,
+        requests=traffic.requests(seed),
+        rate_per_s=rate,
+        limits=questions.limits({"ttft": ttft, "tpot": tpot, "e2e": e2e}, questions.LIMITS),
+        objective=objective,  # type: ignore[arg-type]  # checked by the question
+        engine=engine,
+        choices=questions.choices(
+            hardware,
+            gpus,
+            weights=weights,
+            activations=activations,
+            kv=kv,
+            policy=policy,
+            token_budget=token_budget,
+            max_seqs=max_seqs,
+        ),
+        router=router,  # type: ignore[arg-type]
+        seed=seed,
+        keep=keep,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    questions.check_rate(question)
+    with bar() as waiting:
+        result = search(question, waiting.at)
+        best = result.best
+        catalogue = open_catalogue(question.model, question.hardware, question.gpus, question.engine)
+        arrivals = question.requests
+        if isfinite(best.trial.rate_per_s):
+            arrivals = arrivals.scaled_to_rate(best.trial.rate_per_s)
+        run = simulate(catalogue.deployment(best.plan, with_work=True), arrivals, seed, progress=waiting.count)
+        metrics = summarize(run, question.limits)
+        content = jsonout.plan_object(result, traffic.name, metrics, run.totals)
+        if save is not None:
+            waiting.at("writing the results", None)
+            texts = saving.plan_text(best.plan), saving.ranking_text(result), jsonout.dumps(content) + "\n"
+            save_result(run, metrics, save, also=dict(zip(names, texts, strict=True)))
+    if as_json:
+        print(jsonout.dumps(content))
+        return
+    out = rendering.console()
+    rendering.show_plan(out, result, traffic.name, metrics, run.totals)
+    if save is not None:
+        rendering.say(out, f"Saved to {save}: plan.yaml, plans.csv, result.json and the best plan's run.")
+

@@ -1,0 +1,292 @@
+"""Answers as tables and sentences on a terminal, or as plain text in a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ui.words import cut, in_short, in_words, kept, number, percent, printable, replicas, scaled, seconds
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hwmodels.hardware import Cluster, Device
+    from hwmodels.shape import ModelShape
+    from planner import Plan, SearchResult
+    from planner.explain import Explanation, StepTimes
+    from simulator.metrics import ClassMetrics, Limit, Metrics
+    from simulator.result import RunTotals
+
+#: Characters a line may have where there is no terminal to ask.
+PIPE_WIDTH = 120
+GIB = 2**30
+
+
+def console() -> Console:
+    """Standard output; what is printed is never taken for markup."""
+    width = None
+    if not sys.stdout.isatty():
+        columns = os.environ.get("COLUMNS", "")
+        width = max(40, int(columns)) if columns.isdecimal() and len(columns) < 5 else PIPE_WIDTH
+    return Console(markup=False, highlight=False, emoji=False, width=width)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Table:
+    """A table whose first `left` columns hold words, the others numbers."""
+    made = Table(title=Text(printable(title)), title_justify="left", title_style="bold", header_style="bold")
+    for position, name in enumerate(columns):
+        made.add_column(Text(name), justify="left" if position < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(printable(cell)) for cell in row))
+    return made
+
+
+def say(out: Console, text: str, style: str = "") -> None:
+    """One paragraph."""
+    out.print(Text(printable(text), style=style))
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+def show_plan(out: Console, result: SearchResult, traffic: str, metrics: Metrics, totals: RunTotals) -> None:
+    """The ranking, the best plan in words and numbers, what was looked at, and the Pareto front."""
+    question, best = result.question, result.best
+    demand = "the highest rate" if question.rate_per_s is None else f"{question.rate_per_s:g} requests/s"
+    promised = ", ".join(map(str, question.limits)) or "no limits"
+    say(
+        out,
+        f"{question.model} on {question.gpus} x {question.hardware}, {len(question.requests):,} requests of {traffic} "
+        f"at {demand}; {promised}; objective {question.objective} ({result.unit})",
+    )
+    out.print(_ranking(result))
+    say(out, f"Best: {in_words(best.plan)}", "bold green")
+    say(out, f"  {_worth(result)}")
+    show_metrics(out, f"The best plan at {best.trial.rate_per_s:.3g} requests/s", metrics, totals)
+    say(out, _searched(result))
+    say(out, _proof(result), "bold")
+    if result.points:
+        out.print(
+            table(
+                "Pareto front of the points simulated within the limits",
+                ["plan", "requests/s", "tokens/s per GPU", "tokens/s per user"],
+                [
+                    [in_short(p.plan), number(p.rate_per_s), number(p.tokens_per_s_per_gpu), number(p.tokens_per_s_per_user)]
+                    for p in result.points
+                ],
+            )
+        )  # fmt: skip
+    evidence = ", ".join(f"{source} {percent(share)}" for source, share in result.evidence.items())
+    say(out, f"Step times rest on: {evidence}. Searched for {seconds(result.wall_s)}.")
+
+
+def _ranking(result: SearchResult) -> Table:
+    """One row per plan; ties with the best are marked '='."""
+    capacities = any(ranked.capacity_per_s is not None for ranked in result.ranked)
+    limits = result.question.limits
+    columns = ["", "plan", "scheduling", "formats", "idle", result.unit.split(" ")[0] if capacities else "value"]
+    columns[5] = "per GPU" if capacities else "value"
+    columns += ["capacity/s"] if capacities else []
+    columns += [f"{limit.metric} {limit.statistic}" for limit in limits]
+    rows = []
+    for position, ranked in enumerate(result.ranked, 1):
+        plan = ranked.plan
+        row = [
+            "=" if ranked.tie else str(position),
+            in_short(plan),
+            " + ".join(f"{p.policy} {p.max_seqs}/{p.token_budget}" for p in plan.pools),
+            " + ".join(dict.fromkeys(kept(p) for p in plan.pools)),
+            str(plan.gpus - plan.gpus_used),
+            number(ranked.value),
+        ]
+        row += [number(ranked.capacity_per_s)] if capacities else []
+        rows.append(row + [seconds(value) for value in ranked.trial.values_s])
+    tied = "; '=' cannot be told from the best" if any(r.tie for r in result.ranked) else ""
+    return table(f"Plans by {result.question.objective} (scheduling: sequences/tokens a step{tied})", columns, rows, left=4)
+
+
+def _worth(result: SearchResult) -> str:
+    best = result.best
+    text = f"{number(best.value)} {result.unit}"
+    if best.capacity_per_s is not None:
+        text += f"; keeps its limits up to {number(best.capacity_per_s)} requests/s"
+    ties = sum(ranked.tie for ranked in result.ranked)
+    if ties:
+        text += f"; {ties} other {'plan is' if ties == 1 else 'plans are'} as good within {percent(result.question.tolerance)}"
+    return text
+
+
+def _searched(result: SearchResult) -> str:
+    pruned = "; ".join(f"{count:,} by '{law}'" for law, count in sorted(result.pruned.items(), key=lambda item: -item[1]))
+    return (
+        f"Considered {result.considered:,} plans: {sum(result.pruned.values()):,} pruned ({pruned or 'none'}), "
+        f"{result.simulated:,} simulated in {result.trials:,} runs, {result.untried:,} untried."
+    )
+
+
+def _proof(result: SearchResult) -> str:
+    tolerance = percent(result.question.tolerance)
+    if not result.untried:
+        return f"Proved: no other plan considered can be better by more than the tolerance, {tolerance}."
+    if not isfinite(result.gap):
+        return "No bound on the plans that were not tried; give more --seconds."
+    return (
+        f"No plan can be better by more than {percent(result.gap)} "
+        f"(the bound of {result.untried:,} there was no time for; more --seconds narrow it)."
+    )
+
+
+# --- simulate ---------------------------------------------------------------------------------------------------------
+
+
+def show_simulation(
+    out: Console,
+    plan: Plan,
+    traffic: str,
+    metrics: Metrics,
+    totals: RunTotals,
+    limits: Mapping[Limit, bool],
+    replications: pd.DataFrame | None,
+) -> None:
+    """All metrics of one run, and intervals over several."""
+    say(out, f"{plan.model} on {plan.hardware}: {in_words(plan)}; {traffic}")
+    show_metrics(out, "Requests", metrics, totals)
+    for limit, met in limits.items():
+        say(out, f"  {limit}: {'kept' if met else 'BROKEN'}", "green" if met else "bold red")
+    if replications is not None:
+        runs = int(replications["runs"].max())
+        rows = [
+            [str(name), number(mean), number(half), str(count)]
+            for name, mean, half, count in zip(
+                replications.index,
+                replications["mean"].tolist(),
+                replications["half_width"].tolist(),
+                replications["runs"].tolist(),
+                strict=True,
+            )
+        ]
+        out.print(table(f"Means of {runs} runs with 95 % intervals", ["metric", "mean", "+-", "runs"], rows))
+
+
+def show_metrics(out: Console, title: str, metrics: Metrics, totals: RunTotals) -> None:
+    """Latencies by SLO class, then what the devices did."""
+    classes = {"all": metrics.overall, **(metrics.classes if len(metrics.classes) > 1 else {})}
+    rows = [row for name, found in classes.items() for row in _latencies(name, found, len(classes) > 1)]
+    out.print(table(title, ["latency", "mean", "p50", "p90", "p95", "p99"], rows))
+    for name, found in classes.items():
+        who = f"class {name}: " if len(classes) > 1 else ""
+        say(
+            out,
+            f"  {who}{found.requests:,} requests, {found.finished:,} finished, {found.rejected:,} rejected, "
+            f"{found.preemptions:,} preemptions; goodput {number(found.goodput_requests_per_s)} requests/s, "
+            f"{percent(found.slo_attainment)} within limits; {number(found.output_tokens_per_s)} output tokens/s",
+        )
+    say(
+        out,
+        f"  {number(metrics.output_tokens_per_s_per_gpu)} output tokens/s per GPU ({totals.gpus} GPUs); "
+        f"MFU {percent(metrics.mfu)}, MBU {percent(metrics.mbu)}; KV use mean {percent(metrics.kv_use_mean)}, "
+        f"max {percent(metrics.kv_use_max)}; queue mean {number(metrics.queue_mean)}, max {metrics.queue_max}; "
+        f"{number(metrics.j_per_output_token)} J per output token, "
+        f"{number(metrics.usd_per_million_output_tokens)} USD per million",
+    )
+
+
+def _latencies(name: str, found: ClassMetrics, several: bool) -> list[list[str]]:
+    prefix = f"{name} " if several else ""
+    kinds = {"TTFT": found.ttft_s, "TPOT": found.tpot_s, "ITL": found.itl_s, "E2E": found.e2e_s}
+    return [
+        [f"{prefix}{kind}", *(seconds(value) for value in (d.mean, d.p50, d.p90, d.p95, d.p99))]
+        for kind, d in kinds.items()
+    ]
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+def show_explanation(out: Console, plan: Plan, pools: Sequence[Explanation]) -> None:
+    """Memory and steps of every pool."""
+    say(out, f"{plan.model} on {plan.hardware}: {in_words(plan)}")
+    for found in pools:
+        memory = found.memory
+        rows = [
+            ["weights", f"{memory.weights_bytes / GIB:.2f}", percent(memory.weights_bytes / memory.device_bytes)],
+            ["activations", f"{memory.activations_bytes / GIB:.2f}", percent(memory.activations_bytes / memory.device_bytes)],
+            ["engine and unused", f"{memory.engine_bytes / GIB:.2f}", percent(memory.engine_bytes / memory.device_bytes)],
+            ["KV cache", f"{memory.kv_bytes / GIB:.2f}", percent(memory.kv_bytes / memory.device_bytes)],
+            ["device", f"{memory.device_bytes / GIB:.2f}", ""],
+        ]  # fmt: skip
+        out.print(table(f"{replicas(found.pool)}: memory of the fullest device", ["", "GiB", "share"], rows))
+        say(
+            out,
+            f"  {memory.kv_tokens:,} KV tokens ({memory.kv_blocks:,} blocks) for each scheduler, "
+            f"{memory.kv_bytes_per_token:,.0f} bytes a token on the device",
+        )
+        for step in found.steps:
+            _show_step(out, step)
+
+
+def _show_step(out: Console, step: StepTimes) -> None:
+    rows = [
+        [row.name, row.kind, row.bound + (f" ({row.algorithm})" if row.algorithm else ""), f"{row.count:,}",
+         seconds(row.time_s), percent(row.time_s / step.time_s), scaled(row.flops, "FLOP") if row.flops else "-",
+         scaled(row.bytes, "B") if row.bytes else "-"]
+        for row in sorted(step.rows, key=lambda row: -row.time_s)
+    ]  # fmt: skip
+    columns = ["operator", "kind", "bound by", "count", "time", "share", "FLOPs", "bytes"]
+    out.print(table(f"{step.title}: {seconds(step.time_s)}", columns, rows, left=3))
+    resources = ", ".join(
+        f"{name} {percent(time_s / step.time_s)}" for name, time_s in sorted(step.bounds.items(), key=lambda i: -i[1])
+    )
+    say(
+        out,
+        f"  bound by {step.binding} ({resources}); MFU {percent(step.mfu)}, MBU {percent(step.mbu)}; "
+        f"the step model's table says {seconds(step.step_model_s)}",
+    )
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def show_models(out: Console, models: Sequence[ModelShape], attention: Mapping[str, str]) -> None:
+    """Shipped models."""
+    rows = [
+        [m.name, attention[m.name], f"{m.parameters / 1e9:.2f}", f"{m.active_parameters / 1e9:.2f}", str(len(m.layers)),
+         str(m.hidden), f"{m.kv_bytes_per_token('bf16') / 1024:.4g}", f"{m.max_context_tokens:,}"]
+        for m in models
+    ]  # fmt: skip
+    columns = ["model", "attention", "parameters/1e9", "active/1e9", "layers", "hidden", "KV KiB/token", "context"]
+    out.print(table(f"{len(rows)} models (KV in 16 bit); any config.json works too", columns, rows, left=2))
+
+
+def show_hardware(out: Console, devices: Sequence[Device], clusters: Sequence[Cluster]) -> None:
+    """Shipped devices and clusters."""
+    rows = []
+    for d in devices:
+        peak = d.peak_flops_per_s
+        tera = [f"{peak[f] / 1e12:,.0f}" if f in peak else "-" for f in ("bf16", "fp8", "int8")]
+        price = "-" if d.price_usd_per_h is None else f"{d.price_usd_per_h:.2f}"
+        rows.append(
+            [d.name, d.default_cluster, *tera, f"{d.memory_bytes / GIB:,.1f}", f"{d.memory_bytes_per_s / 1e9:,.0f}",
+             f"{d.tdp_w:,.0f}", price]
+        )  # fmt: skip
+    columns = ["device", "cluster", "bf16 TFLOP/s", "fp8", "int8", "GiB", "GB/s", "TDP W", "USD/h"]
+    out.print(table(f"{len(rows)} devices (dense peaks)", columns, rows, left=2))
+    links = []
+    for c in clusters:
+        ends = [
+            "-" if fabric is None else f"{fabric.name}, {fabric.bytes_per_s / 1e9:g} GB/s, {fabric.latency_s * 1e6:g} us"
+            for fabric in (c.intra, c.inter)
+        ]
+        links.append([c.name, c.device.name, *ends, str(c.gpus_per_node)])
+    columns = ["cluster", "device", "inside a node", "between nodes", "devices/node"]
+    out.print(table(f"{len(links)} clusters (rates per device and direction)", columns, links, left=4))
+
+
+__all__ = ["console", "cut", "say", "show_explanation", "show_hardware", "show_models", "show_plan", "show_simulation"]
