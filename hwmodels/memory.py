@@ -159,6 +159,6 @@ def require_fit(
         missing = (needed * mapping.pp * block_tokens * memory.kv_bytes_per_token - memory.kv_bytes) / GIB
         raise OutOfMemoryError(
             f"{model.name} on {mapping.gpus} x {device.name} (tp={mapping.tp} pp={mapping.pp}): {missing:.1f} GiB "
-            f"per device short of weights, activations and one sequence of {tokens} tokens; expected more devices per replica, "
-            f"narrower weights or a shorter context"
+            f"per device short of weights, activations and one sequence of {tokens} tokens; expected more "
+            f"devices per replica, narrower weights or a shorter context"
         )

@@ -10,8 +10,8 @@ T* its best tokens per step, zeta, delta, kappa, eta the least time per cached t
 sampled token, and N_min the fewest decode steps: no step holds more than max_seqs sequences, nor more tokens than
 the KV pool, nor, on average over the tokens of requests that meet a TPOT limit s, more sequences than the line below
 the decode step time reaches at s (if sum w_i t_i <= s sum w_i and t_i >= a + b w_i, then
-sum w_i^2 <= (s - a)/b sum w_i, and N >= (sum w)^2 / sum w^2 by Cauchy and Schwarz). Attention groups in lockstep share the work: their mean is below their
-maximum, so the formula holds with X, D and K divided by the groups.
+sum w_i^2 <= (s - a)/b sum w_i, and N >= (sum w)^2 / sum w^2 by Cauchy and Schwarz). Attention groups in lockstep
+share the work: their mean is below their maximum, so the formula holds with X, D and K divided by the groups.
 """
 
 from __future__ import annotations

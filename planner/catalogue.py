@@ -158,14 +158,11 @@ class Catalogue:
             arithmetic_dtype=precision.activations,
         )
 
-    def deployment(self, plan: Plan, *, shares: tuple[float, ...] | None = None, with_work: bool = False) -> Deployment:
-        """All replicas of the plan behind its router.
-
-        shares   relative request rate of a replica of each pool; by default its number of devices
-        """
+    def deployment(self, plan: Plan, *, with_work: bool = False) -> Deployment:
+        """All replicas of the plan behind its router."""
         specs = []
-        for position, pool in enumerate(plan.pools):
-            share = shares[position] if shares is not None else float(pool.gpus_per_replica)
+        for pool in plan.pools:
+            share = float(pool.gpus_per_replica) if pool.share is None else pool.share
             specs += [self.replica(pool, share=share, with_work=with_work)] * pool.replicas
         return Deployment(specs, ROUTERS[plan.router], idle_gpus=plan.gpus - plan.gpus_used)
 

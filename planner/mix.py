@@ -66,8 +66,8 @@ def best_mix(
     if pulp.LpStatus[status] != "Optimal":
         best = max((kind.capacity_per_s * (gpus // kind.gpus) for kind in kinds), default=0.0)
         raise NoFeasiblePlanError(
-            f"rate {rate_per_s:g}/s: no mix of replicas on {gpus} devices serves it; one kind alone reaches {best:.3g}/s; add "
-            " devices or lower the rate"
+            f"rate {rate_per_s:g}/s: no mix of replicas on {gpus} devices serves it; one kind alone "
+            f"reaches {best:.3g}/s; add devices or lower the rate"
         )
     counts = tuple(round(count.value()) for count in n)
     objective = float(pulp.value(problem.objective))

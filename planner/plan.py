@@ -20,6 +20,7 @@ class Pool:
     token_budget          tokens in one step of one scheduler
     block_tokens          tokens of a KV block
     max_context_tokens    longest prompt + output the engine accepts
+    share                 requests one replica gets, relative to those of other pools; None for its number of devices
     """
 
     replicas: int
@@ -37,6 +38,7 @@ class Pool:
     token_budget: int = 2048
     block_tokens: int = 16
     max_context_tokens: int = 32768
+    share: float | None = None
 
     @property
     def gpus_per_replica(self) -> int:

@@ -203,7 +203,7 @@ class Search:
         if self.question.objective != "goodput-per-gpu":
             return candidate.bound
         pool = candidate.plan.pools[0]
-        return self.estimate(candidate) * pool.replicas / pool.gpus
+        return self.estimate(candidate) * pool.replicas / self.question.gpus
 
     def estimate(self, candidate: Candidate) -> float:
         """The rate one replica of the plan is guessed to keep."""
@@ -247,7 +247,7 @@ class Search:
                 at_most_per_s=candidate.rate_bound_per_s * 1.02,
                 guess_per_s=self._guess(candidate)
                 if beat is None
-                else beat * plan.gpus_used * (1 + question.tolerance),
+                else beat * question.gpus * (1 + question.tolerance),
                 beat=beat is not None,
                 tolerance=question.tolerance,
             )
@@ -255,7 +255,7 @@ class Search:
             self._remember(candidate, trials)
             if trial is None or (question.rate_per_s is not None and trial.rate_per_s < question.rate_per_s):
                 return None
-            value = trial.goodput_per_s / plan.gpus_used
+            value = trial.goodput_per_s / question.gpus
             return Ranked(plan, value, value, candidate.bound, trial, trial.goodput_per_s)
         energy = question.objective == "energy"
         trial = attempt(
@@ -319,10 +319,11 @@ class Search:
         used = [(count, r, kind) for count, r, kind in zip(mix.counts, by_size.values(), kinds, strict=True) if count]
         if len(used) < 2 or mix.capacity_per_s <= alone * (1 + question.tolerance) or not self._packs(used):
             return
-        pools = tuple(replace(r.plan.pools[0], replicas=count) for count, r, _ in used)
+        pools = tuple(
+            replace(r.plan.pools[0], replicas=count, share=round(kind.capacity_per_s, 6)) for count, r, kind in used
+        )
         plan = replace(best.plan, pools=pools)
-        shares = tuple(kind.capacity_per_s for _, _, kind in used)
-        deployment = self.catalogue.deployment(plan, shares=shares)
+        deployment = self.catalogue.deployment(plan)
         trial, trials = capacity(
             deployment,
             question.requests,
@@ -335,7 +336,7 @@ class Search:
         self.mixtures += 1
         self._note(plan, trials)
         if trial is not None:
-            value = trial.goodput_per_s / plan.gpus_used
+            value = trial.goodput_per_s / question.gpus
             self.ranked.append(Ranked(plan, value, value, inf, trial, trial.goodput_per_s))
 
     def _packs(self, used: list[tuple[int, Ranked, Kind]]) -> bool:

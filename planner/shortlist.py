@@ -148,7 +148,7 @@ def _bound(question: Question, catalogue: Catalogue, plan: Plan, rate_bound_per_
     """The score that no simulation of the plan exceeds."""
     device, gpus = catalogue.cluster.device, plan.gpus_used
     if question.objective == "goodput-per-gpu":
-        return rate_bound_per_s / gpus
+        return rate_bound_per_s / question.gpus
     if question.objective == "fewest-gpus":
         return -float(gpus)
     tokens = float(question.requests.output_tokens.sum())

@@ -143,8 +143,9 @@ class Scheduler:
 
     @property
     def outstanding_tokens(self) -> int:
-        """Tokens waiting for prefill and tokens cached for decoding sequences: the load a router sees."""
-        return self.waiting_tokens + self.context_offset + self.running * self.steps
+        """Tokens of prompts that wait or are in the step, and tokens cached for decodes: the load a router sees."""
+        prefilling = sum(self.prompts[request] for request, _, _ in self.chunks) if self.chunks else 0
+        return self.waiting_tokens + prefilling + self.context_offset + self.running * self.steps
 
     @property
     def has_work(self) -> bool:
@@ -245,6 +246,7 @@ class Scheduler:
                         self.context_offset += target - self.steps
                     else:
                         self.free += -(-target // block)
+            self.chunks = []
         if self._padded and finished and not self._finish_at:
             self.running = 0
             self.context_offset = 0

@@ -219,3 +219,186 @@ def plan_command(
     if save is not None:
         rendering.say(out, f"Saved to {save}: plan.yaml, plans.csv, result.json and the best plan's run.")
 
+
+
+@app.command("simulate")
+def simulate_command(
+    plan: PlanFile,
+    trace: Trace = None,
+    workload: Workload = None,
+    requests: Requests = None,
+    drop_empty: DropEmpty = False,
+    rate: Annotated[
+        float | None, typer.Option(callback=_above_zero, help="Requests per second [default: the traffic's own].")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests in flight in a closed loop, instead of arrival times.")
+    ] = None,
+    think: Annotated[
+        float | None, typer.Option(callback=_not_negative, help="Seconds between an answer and the next request.")
+    ] = None,
+    ttft: Ttft = None,
+    tpot: Tpot = None,
+    itl: Itl = None,
+    e2e: E2e = None,
+    seed: Seed = 0,
+    replications: Annotated[int, typer.Option(min=1, max=1000, help="Independent runs, for confidence intervals.")] = 1,
+    warmup: Annotated[
+        float, typer.Option(callback=_not_negative, help="Seconds after the first arrival that are not measured.")
+    ] = 0.0,
+    cooldown: Annotated[
+        float, typer.Option(callback=_not_negative, help="Seconds before the last arrival that are not measured.")
+    ] = 0.0,
+    save: Save = None,
+    as_json: Json = False,
+) -> None:
+    """Simulate one plan: all metrics by SLO class, and with --save the requests, metrics and a Perfetto timeline."""
+    from simulator.metrics import Window, meets, replicate, summarize
+    from simulator.result import Result
+    from simulator.save import save_result
+    from simulator.simulate import simulate
+    from simulator.workload import Workload as Load
+    from ui import jsonout, questions, rendering, saving
+    from ui.waiting import bar
+
+    saving.require_writable(save)
+    if rate is not None and concurrency is not None:
+        raise questions.OptionError(f"--rate {rate:g} and --concurrency {concurrency}: expected one of them")
+    traffic = questions.Traffic(trace, workload, requests, drop_empty)
+    limits = questions.limits({"ttft": ttft, "tpot": tpot, "itl": itl, "e2e": e2e}, {})
+    chosen, catalogue = questions.opened(plan)
+    if replications > 1 and trace is not None and chosen.router in ("round-robin", "least-tokens"):
+        raise questions.OptionError(
+            f"--replications {replications} with --trace {trace} under router {chosen.router}: nothing is drawn, so all "
+            "runs would be the same; expected --workload or a random router"
+        )
+    window = Window(warmup, cooldown) if warmup or cooldown else None
+    recorded = traffic.requests(seed, rate) if trace is not None else None
+    first: list[Result] = []
+    started = time.perf_counter()
+    with bar() as waiting:
+        waiting.at("compiling step models", None)
+        deployment = catalogue.deployment(chosen, with_work=True)
+
+        def run(run_seed: int) -> Result:
+            load = Load(recorded or traffic.requests(run_seed, rate), concurrency, think or 0.0)
+            result = simulate(deployment, load, run_seed, progress=waiting.count)
+            if not first:
+                first.append(result)
+            return result
+
+        intervals = None
+        if replications > 1:
+            intervals = replicate(run, range(seed, seed + replications), limits, window=window)
+        else:
+            run(seed)
+        waiting.at("measuring", None)
+        metrics = summarize(first[0], limits, window)
+        kept = {limit: meets(first[0], [limit], window) for limit in limits}
+        wall_s = time.perf_counter() - started
+        totals = first[0].totals
+        content = jsonout.simulation_object(chosen, metrics, totals, kept, intervals, wall_s)
+        if save is not None:
+            waiting.at("writing the results", None)
+            save_result(first[0], metrics, save, also={"result.json": jsonout.dumps(content) + "\n"})
+    if as_json:
+        print(jsonout.dumps(content))
+        return
+    how = f"{concurrency} in flight" if concurrency is not None else "at its own rate" if rate is None else f"{rate:g}/s"
+    out = rendering.console()
+    rendering.show_simulation(
+        out, chosen, f"{len(first[0].requests):,} requests of {traffic.name}, {how}", metrics, totals, kept, intervals
+    )
+    if save is not None:
+        rendering.say(out, f"Saved to {save}: requests.csv, requests.parquet, metrics.json, timeline.json, result.json.")
+
+
+@app.command("export")
+def export_command(
+    plan: PlanFile,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="vllm, sglang, tensorrt-llm or dynamo [default: the plan's engine].", metavar="ENGINE"),
+    ] = None,
+    save: Save = None,
+    as_json: Json = False,
+) -> None:
+    """Print the files that launch the plan; what the engine does differently goes to standard error."""
+    from hwmodels.hardware import load_cluster
+    from planner.export import export
+    from planner.planfile import read_plan
+    from ui import jsonout, saving, words
+
+    saving.require_writable(save)
+    chosen = read_plan(plan)
+    cluster = load_cluster(chosen.hardware, chosen.gpus)
+    exported = export(chosen, engine or chosen.engine, cluster.gpus_per_node)
+    if save is not None:
+        saving.write_launch_files(save, exported.files)
+    if as_json:
+        content = {"engine": exported.engine, "version": exported.version, "files": dict(exported.files)}
+        print(jsonout.dumps({**content, "notes": list(exported.notes)}))
+        return
+    for note in exported.notes:
+        print(f"note: {words.printable(note)}", file=sys.stderr)
+    if save is not None:
+        print(f"Saved to {words.printable(str(save))}: {', '.join(exported.files)}.")
+        return
+    for name, text in exported.files.items():
+        if len(exported.files) > 1:
+            print(f"# ---- {name} ----")
+        print(text, end="" if text.endswith("\n") else "\n")
+    if len(exported.files) > 1:
+        print(f"note: --save DIR writes {', '.join(exported.files)} side by side", file=sys.stderr)
+
+
+@app.command("explain")
+def explain_command(
+    plan: PlanFile,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Decoding sequences of one scheduler [default: 64, or what fits].")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens each of them attends to.")] = 1024,
+    prefill: Annotated[
+        int | None, typer.Option(min=0, help="Tokens of the prompt chunk; 0 for none [default: the token budget].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show where the time of a step goes, operator by operator, and which resource binds it."""
+    from planner.explain import explain
+    from ui import jsonout, questions, rendering
+
+    chosen, catalogue = questions.opened(plan)
+    pools = [explain(catalogue, pool, batch=batch, context=context, prefill=prefill) for pool in chosen.pools]
+    if as_json:
+        print(jsonout.dumps(jsonout.explanation_object(chosen, pools)))
+        return
+    rendering.show_explanation(rendering.console(), chosen, pools)
+
+
+@app.command("models")
+def models_command(as_json: Json = False) -> None:
+    """List the shipped models."""
+    from hwmodels.huggingface import load_model, load_profile, model_names
+    from ui import jsonout, rendering, words
+
+    shapes = [load_model(name) for name in model_names()]
+    attention = {shape.name: words.attention(shape) for shape in shapes}
+    if as_json:
+        print(jsonout.dumps(jsonout.models_object([load_profile(name) for name in model_names()], shapes, attention)))
+        return
+    rendering.show_models(rendering.console(), shapes, attention)
+
+
+@app.command("hardware")
+def hardware_command(as_json: Json = False) -> None:
+    """List the shipped devices and clusters."""
+    from hwmodels.hardware import cluster_names, device_names, load_cluster, load_device
+    from ui import jsonout, rendering
+
+    devices = [load_device(name) for name in device_names()]
+    clusters = [load_cluster(name, 1) for name in cluster_names()]
+    if as_json:
+        print(jsonout.dumps(jsonout.hardware_object(devices, clusters)))
+        return
+    rendering.show_hardware(rendering.console(), devices, clusters)

@@ -43,7 +43,7 @@ shardwise models      models: list of {name, parameters, active_parameters, laye
                       kv_bytes_per_token, max_context_tokens, published_parameters, source}; KV in 16 bit
 shardwise hardware    devices: list of {name, vendor, kind, peak_flops_per_s {format: rate}, memory_bytes,
                       memory_bytes_per_s, tdp_w, idle_w, price_usd_per_h, default_cluster, source};
-                      clusters: list of {name, device, gpus_per_node, intra, inter, source}, links as {name, kind,
+                      clusters: list of {name, device, gpus_per_node, intra, inter}, links as {name, kind,
                       bytes_per_s, latency_s} or null
 shardwise export      engine, version, files {name: text}, notes
 """
@@ -51,7 +51,7 @@ shardwise export      engine, version, files {name: text}, notes
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,9 @@ from ui.words import in_words
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hwmodels.hardware import Cluster, Device, Fabric
+    from hwmodels.huggingface import ModelProfile
+    from hwmodels.shape import ModelShape
     from planner import Plan, SearchResult
     from planner.explain import Explanation
     from planner.search import Ranked
@@ -198,5 +201,68 @@ def explanation_object(plan: Plan, pools: list[Explanation]) -> dict[str, Any]:
                 ],
             }
             for found in pools
+        ],
+    }
+
+
+def models_object(
+    profiles: Sequence[ModelProfile], shapes: Sequence[ModelShape], attention: Mapping[str, str]
+) -> dict[str, Any]:
+    """The shipped models."""
+    return {
+        "models": [
+            {
+                "name": profile.name,
+                "parameters": shape.parameters,
+                "active_parameters": shape.active_parameters,
+                "layers": len(shape.layers),
+                "hidden": shape.hidden,
+                "attention": attention[shape.name],
+                "experts": max(layer.feed_forward.experts for layer in shape.layers),
+                "kv_bytes_per_token": shape.kv_bytes_per_token("bf16"),
+                "max_context_tokens": shape.max_context_tokens,
+                "published_parameters": profile.published_parameters,
+                "source": profile.source,
+            }
+            for profile, shape in zip(profiles, shapes, strict=True)
+        ]
+    }
+
+
+def hardware_object(devices: Sequence[Device], clusters: Sequence[Cluster]) -> dict[str, Any]:
+    """The shipped devices and clusters."""
+
+    def link(fabric: Fabric | None) -> dict[str, Any] | None:
+        if fabric is None:
+            return None
+        rate, latency = fabric.bytes_per_s, fabric.latency_s
+        return {"name": fabric.name, "kind": fabric.kind, "bytes_per_s": rate, "latency_s": latency}
+
+    return {
+        "devices": [
+            {
+                "name": device.name,
+                "vendor": device.vendor,
+                "kind": device.kind,
+                "peak_flops_per_s": dict(device.peak_flops_per_s),
+                "memory_bytes": device.memory_bytes,
+                "memory_bytes_per_s": device.memory_bytes_per_s,
+                "tdp_w": device.tdp_w,
+                "idle_w": device.idle_w,
+                "price_usd_per_h": device.price_usd_per_h,
+                "default_cluster": device.default_cluster,
+                "source": device.source,
+            }
+            for device in devices
+        ],
+        "clusters": [
+            {
+                "name": cluster.name,
+                "device": cluster.device.name,
+                "gpus_per_node": cluster.gpus_per_node,
+                "intra": link(cluster.intra),
+                "inter": link(cluster.inter),
+            }
+            for cluster in clusters
         ],
     }

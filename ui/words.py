@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from math import isfinite
+from typing import TYPE_CHECKING
 
-from planner.plan import Plan, Pool
+if TYPE_CHECKING:
+    from hwmodels.shape import ModelShape
+    from planner.plan import Plan, Pool
 
 
 def cut(pool: Pool) -> str:
@@ -89,3 +92,19 @@ def printable(text: str) -> str:
     'a\\\\nb\\\\x1b[31m'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def attention(model: ModelShape) -> str:
+    """Kinds of attention and of feed-forward blocks, such as 'GQA 8, window 128, MoE 128/4'."""
+    blocks = list(dict.fromkeys(layer.attention for layer in model.layers))
+    first = blocks[0]
+    if first.latent is not None:
+        kind = "MLA"
+    elif first.kv_heads == first.heads:
+        kind = "MHA"
+    else:
+        kind = "MQA" if first.kv_heads == 1 else f"GQA {first.kv_heads}"
+    windows = {block.window_tokens for block in blocks} - {None}
+    words = [kind, *(f"window {window}" for window in sorted(w for w in windows if w is not None))]
+    experts = next((layer.feed_forward for layer in model.layers if layer.feed_forward.experts), None)
+    return ", ".join(words + ([] if experts is None else [f"MoE {experts.experts}/{experts.top_k}"]))

@@ -190,12 +190,12 @@ def test_the_busiest_rank_is_a_little_above_monte_carlo(experts, top_k, ranks, t
     mean = number(tokens * top_k / ranks)
     busiest = rows.sum(axis=2).max(axis=1).mean()
     estimate = float(ops.busiest_rank_rows(mean, ranks))
-    assert 0.95 * busiest <= estimate <= 1.35 * busiest
+    assert 0.95 * busiest <= estimate <= 1.4 * busiest
 
     touched = ops.expected_active_experts(experts / ranks, number(1e9), experts, top_k, number(tokens))
     most = (rows > 0).sum(axis=2).max(axis=1).mean()
     estimate = min(float(ops.busiest_rank_experts(touched, experts / ranks, ranks)), estimate)
-    assert 0.95 * most <= estimate <= 1.35 * most
+    assert 0.95 * most <= estimate <= 1.4 * most
 
 
 @given(rows=st.floats(0, 1e6), ranks=st.integers(1, 512))
