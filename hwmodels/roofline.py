@@ -90,8 +90,8 @@ class AnalyticCost:
         elif isinstance(op, Gemm):
             busy = np.maximum(moved, tile_time_s(op.m, op.n, op.k, op.groups, device, op.precision))
         elif isinstance(op, GroupedGemm):
-            rows = op.m / np.maximum(op.active, 1)
-            busy = np.maximum(moved, tile_time_s(rows, op.n, op.k, op.active, device, op.precision))
+            products = np.maximum(op.active, 1)
+            busy = np.maximum(moved, tile_time_s(op.m / products, op.n, op.k, products, device, op.precision))
         else:
             peak = device.peak_flops_per_s[attention_dtype(op.precision, device)]
             busy = np.maximum(moved, op.flops / (peak * device.efficiency.attention_mfu))

@@ -11,7 +11,9 @@ sampled token, and N_min the fewest decode steps: no step holds more than max_se
 the KV pool, nor, on average over the tokens of requests that meet a TPOT limit s, more sequences than the line below
 the decode step time reaches at s (if sum w_i t_i <= s sum w_i and t_i >= a + b w_i, then
 sum w_i^2 <= (s - a)/b sum w_i, and N >= (sum w)^2 / sum w^2 by Cauchy and Schwarz). Attention groups in lockstep
-share the work: their mean is below their maximum, so the formula holds with X, D and K divided by the groups.
+share the work: the mean of the busy ones is below their maximum, so the formula holds with X, D and K divided by the
+groups; h then is the hull of what a group does by itself plus that of what all do together, and delta counts only the
+decode steps that a group has to take for itself. Floors of latency are for a request that finds all groups idle.
 """
 
 from __future__ import annotations
@@ -57,14 +59,20 @@ def demand(requests: Requests) -> Demand:
 class StageBound:
     """Coefficients of one pipeline stage; see the module.
 
-    hull       h at 0, 1, 2 ... tokens
+    hull       h at 0, 1, 2 ... tokens of a group, when all groups have as many
     best       T* for every token budget: the tokens per step with the least h per token
-    decode     least time of a decode step of 0, 1, 2 ... sequences, convex
+    decode     least time of a decode step of 0, 1, 2 ... sequences a group, convex
+    alone      h when the other groups are idle
+    token      least time of a decode step, when the other groups are idle
+    sample     least time that sampling adds to a step
     """
 
     hull: Array
     best: NDArray[np.int64]
     decode: Array
+    alone: Array
+    token: float
+    sample: float
     zeta: float
     delta: float
     kappa: Array
@@ -91,6 +99,28 @@ def lower_hull(values: Array, points: Sequence[int]) -> Array:
     return hull
 
 
+def convex_below(values: Array) -> Array:
+    """The largest convex sequence below values[1:] but for rounding; corners are sought on the grid of prices first."""
+    points = token_grid(len(values) - 1).astype(int)
+    while True:
+        hull = lower_hull(values, points.tolist())
+        excess = hull[1:] - values[1:]
+        above = np.flatnonzero(excess > 1e-12 * values[1:]) + 1
+        if not len(above):
+            return hull
+        worst_first = above[np.argsort(-excess[above - 1])]
+        _, worst = np.unique(np.searchsorted(points, worst_first), return_index=True)
+        points = np.union1d(points, worst_first[worst])
+
+
+def _best(hull: Array) -> NDArray[np.int64]:
+    """For every token budget, the tokens per step with the least hull per token."""
+    tokens = np.arange(1, len(hull))
+    per_token = hull[1:] / tokens
+    best = np.maximum.accumulate(np.where(per_token <= np.minimum.accumulate(per_token), tokens, 1))
+    return np.concatenate([[1], best])
+
+
 def _least_per(pieces: Pieces, rows: int, reach: float, lowest: float) -> tuple[Array, Array]:
     """Slope below every piece and what is left of the value when it is taken off, by row."""
     base = np.stack([np.asarray(piece) for piece in pieces.base])[:, 1 : rows + 1]
@@ -103,32 +133,72 @@ def _least_per(pieces: Pieces, rows: int, reach: float, lowest: float) -> tuple[
 
 def stage_bound(tables: Tables, model: StepModel, groups: int, reach: float, *, overhead: bool) -> StageBound:
     """Coefficients of one stage."""
-    tokens = np.arange(model.max_tokens + 1)
+    tokens, rows = np.arange(model.max_tokens + 1), model.max_seqs
+    counts = np.arange(1, rows + 1)
     fixed = model.engine.step_overhead_s if overhead else 0.0
     per_sequence = model.engine.sequence_overhead_s if overhead else 0.0
-    total = fixed + np.asarray(tables.linear) + np.asarray(tables.shared)[tokens * groups]
-    hull = lower_hull(total, token_grid(model.max_tokens).astype(int).tolist())
-    per_token = hull[1:] / tokens[1:]
-    rank = np.minimum.accumulate(per_token)
-    best = np.maximum.accumulate(np.where(per_token <= rank, tokens[1:], 1))
-    best = np.concatenate([[1], best])
+    own = fixed + np.asarray(tables.linear)
+    shared, head = np.asarray(tables.shared), np.asarray(tables.head)[1:]
+    # A mean of T tokens over the groups is, rounded up, at least (T - 1) groups + 1 tokens in all.
+    together = shared[np.maximum(0, (tokens - 1) * groups + 1)]
+    own_hull, together_hull = convex_below(own), convex_below(together)
+    hull = own_hull + together_hull
 
-    rows = model.max_seqs
     slope, left = _least_per(tables.decode, rows, reach, 1.0)
-    counts = np.arange(1, rows + 1)
     zeta = float((slope / counts).min())
     # slope is per unit of mean context: n sequences of mean context c attend to n c tokens
     residual = left + (slope - zeta * counts)  # at the shortest mean context, 1
     delta = max(0.0, float(residual.min()))
-    head = np.asarray(tables.head)[1:]
     eta = float((head / np.arange(1, len(head) + 1)).min()) + per_sequence
-    decode = total[: rows + 1].copy() if rows < len(total) else np.interp(np.arange(rows + 1), tokens, total)
-    decode[1:] += left + slope + np.asarray(tables.head)[1 : rows + 1] + per_sequence * counts
+
+    group = own[np.minimum(counts, model.max_tokens)] + left + slope + head[:rows] + per_sequence * counts
+    group = np.concatenate([[0.0], np.minimum.accumulate(group[::-1])[::-1]])
+    decode = convex_below(group) + convex_below(together[np.minimum(np.arange(rows + 1), model.max_tokens)])
+
     prefill_slope, prefill_left = _least_per(tables.prefill, model.max_tokens, reach, 0.0)
     news = np.arange(1, model.max_tokens + 1)
     kappa = np.minimum(prefill_slope / news, np.maximum(prefill_left, 0) / (news * (news + 1) / 2))
     kappa = np.concatenate([[0.0], np.minimum.accumulate(kappa)])
-    return StageBound(hull, best, lower_hull(decode, token_grid(rows).astype(int).tolist()), zeta, delta, kappa, eta)
+    alone = hull if groups == 1 else own_hull + convex_below(shared[: model.max_tokens + 1])
+    token, sample = float(group[1] + shared[1]), float(head[0]) + per_sequence
+    return StageBound(hull, _best(hull), decode, alone, token, sample, zeta, delta, kappa, eta)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaBound:
+    """Coefficients of a replica: of its distinct stages, and summed over all of them for what passes through.
+
+    decode, alone, token, sample, kappa   sums of those of StageBound; best as there, for `alone`
+    """
+
+    stages: list[StageBound]
+    decode: Array
+    alone: Array
+    best: NDArray[np.int64]
+    token: float
+    sample: float
+    kappa: Array
+
+
+def replica_bound(model: StepModel, groups: int, reach: float) -> ReplicaBound:
+    """Coefficients of a replica whose requests have up to `reach` tokens."""
+    known: dict[int, StageBound] = {}
+    every = []
+    for stage, tables in enumerate(model.stages):
+        mark = id(tables) if stage else 0
+        if mark not in known:
+            known[mark] = stage_bound(tables, model, groups, reach, overhead=stage == 0)
+        every.append(known[mark])
+    alone = np.sum([bound.alone for bound in every], axis=0)
+    return ReplicaBound(
+        list(known.values()),
+        np.sum([bound.decode for bound in every], axis=0),
+        alone,
+        _best(alone),
+        sum(bound.token for bound in every),
+        sum(bound.sample for bound in every),
+        np.sum([bound.kappa for bound in every], axis=0),
+    )
 
 
 class Screen:
@@ -143,21 +213,14 @@ class Screen:
         self._prompt_at = {limit: _order_statistic(prompts, limit) for limit in self.limits}
         self._decodes_at = {limit: _order_statistic(decodes, limit) for limit in self.limits}
         self._strict = {limit: _strict_tokens(decodes, limit) for limit in self.limits}
-        self._stages: dict[tuple[int, int], tuple[list[StageBound], Array]] = {}
+        self._known: dict[tuple[int, int], ReplicaBound] = {}
 
-    def _bounds(self, model: StepModel, groups: int) -> tuple[list[StageBound], Array]:
-        """Coefficients of every distinct stage, and the least time of a decode step through all stages by sequences."""
+    def _bounds(self, model: StepModel, groups: int) -> ReplicaBound:
+        """Coefficients of a replica, derived once."""
         key = (id(model), groups)
-        if key not in self._stages:
-            known: dict[int, StageBound] = {}
-            through = np.zeros(model.max_seqs + 1)
-            for stage, tables in enumerate(model.stages):
-                mark = id(tables) if stage else 0
-                if mark not in known:
-                    known[mark] = stage_bound(tables, model, groups, self._reach, overhead=stage == 0)
-                through = through + known[mark].decode
-            self._stages[key] = list(known.values()), through
-        return self._stages[key]
+        if key not in self._known:
+            self._known[key] = replica_bound(model, groups, self._reach)
+        return self._known[key]
 
     def work_s(
         self, model: StepModel, groups: int, max_seqs: Array, budgets: NDArray[np.int64], kv_tokens: Array
@@ -167,36 +230,37 @@ class Screen:
         max_seqs, budgets, kv_tokens   of each plan's schedulers
         """
         need = self.demand
-        stages, through = self._bounds(model, groups)
+        replica = self._bounds(model, groups)
         tokens, decodes, context = need.tokens / groups, need.decode_tokens / groups, need.context_tokens / groups
-        fewest = np.maximum(decodes / max_seqs, context / kv_tokens)
+        fewest = own = np.maximum(decodes / max_seqs, context / kv_tokens)
         for limit in self.limits:
             if self._strict[limit]:
-                fewest = np.maximum(fewest, self._strict[limit] / groups / _most_sequences(through, limit.seconds))
+                fewest = np.maximum(fewest, self._strict[limit] / groups / _most_sequences(replica.decode, limit.seconds))
+        if groups == 1:
+            own = fewest
         result = np.zeros(len(budgets))
-        for bound in stages:
+        for bound in replica.stages:
             steps = np.maximum(fewest, tokens / bound.best[budgets])
-            busy = steps * _between(bound.hull, tokens / steps) + bound.zeta * context + bound.delta * fewest
+            busy = steps * _between(bound.hull, tokens / steps) + bound.zeta * context + bound.delta * own
             busy += bound.kappa[budgets] * need.pairs / groups + bound.eta * (decodes + need.requests / groups)
             result = np.maximum(result, busy)
         return result
 
     def latency_s(self, model: StepModel, groups: int, budgets: NDArray[np.int64]) -> dict[Limit, Array]:
         """The least value each limit's statistic can take, one per plan: every request finds an empty machine."""
-        stages, through = self._bounds(model, groups)
-        count = len(model.stages)
+        replica = self._bounds(model, groups)
         found: dict[Limit, Array] = {}
         for limit in self.limits:
             prompt, decodes = self._prompt_at[limit], self._decodes_at[limit]
-            chunks = np.maximum(1.0, prompt / budgets)
-            bound = stages[-1] if count > 2 else stages[0]
-            first = chunks * _between(bound.hull, prompt / chunks) + bound.kappa[budgets] * prompt * prompt / 2
+            chunks = np.maximum(1.0, prompt / replica.best[budgets])
+            first = chunks * _between(replica.alone, prompt / chunks) + replica.kappa[budgets] * prompt * prompt / 2
+            first += replica.sample
             if limit.metric == "ttft":
                 found[limit] = first
             elif limit.metric == "e2e":
-                found[limit] = np.maximum(first, decodes * through[1])
+                found[limit] = np.maximum(first, decodes * replica.token)
             else:
-                found[limit] = np.full(len(budgets), through[1])
+                found[limit] = np.full(len(budgets), replica.token)
         return found
 
 

@@ -24,8 +24,9 @@ class Question:
     requests      the traffic; its arrival times are stretched to rate_per_s
     rate_per_s    requests per second that must be served; None for the traffic's own rate
     limits        what every class of requests is promised (TTFT, TPOT, E2E)
-    objective     goodput-per-gpu: the highest goodput within the limits, by device at hand, idle ones too; fewest-gpus, cost (USD per million
-                  output tokens), energy (joules per output token) and latency (mean end-to-end time) at rate_per_s
+    objective     goodput-per-gpu: the highest goodput within the limits, by device at hand, idle ones too;
+                  fewest-gpus, cost (USD per million output tokens), energy (joules per output token) and latency
+                  (mean end-to-end time) at rate_per_s
     choices       what may be varied beside the degrees
     router        how requests are spread over replicas
     seconds       wall-clock time after which no further plan is simulated

@@ -221,7 +221,7 @@ class Search:
         """
         self.tried.add(candidate)
         for other, blocks, extremes in self.runs[self._alike(candidate)]:
-            if extremes.same_run(other, blocks, candidate.plan.pools[0], candidate.kv_blocks):
+            if beat and extremes.same_run(other, blocks, candidate.plan.pools[0], candidate.kv_blocks):
                 self.same += 1
                 return
         found = self.evaluate(candidate, self.best_score if beat and self.ranked else None)
@@ -245,9 +245,7 @@ class Search:
                 question.limits,
                 question.seed,
                 at_most_per_s=candidate.rate_bound_per_s * 1.02,
-                guess_per_s=self._guess(candidate)
-                if beat is None
-                else beat * question.gpus * (1 + question.tolerance),
+                guess_per_s=self._guess(candidate) if beat is None else beat * question.gpus * (1 + question.tolerance),
                 beat=beat is not None,
                 tolerance=question.tolerance,
             )
@@ -304,6 +302,8 @@ class Search:
     def _mix(self) -> None:
         """Fill the cluster with replicas of different plans where that serves more, and simulate the mixture."""
         question = self.question
+        if question.objective == "goodput-per-gpu" and self.ranked:
+            self._survey_idle(max(self.ranked, key=lambda r: r.score).plan)
         measured = [r for r in self.ranked if r.capacity_per_s is not None and len(r.plan.pools) == 1]
         if question.objective != "goodput-per-gpu" or len(measured) < 2:
             return
@@ -337,7 +337,17 @@ class Search:
         self._note(plan, trials)
         if trial is not None:
             value = trial.goodput_per_s / question.gpus
-            self.ranked.append(Ranked(plan, value, value, inf, trial, trial.goodput_per_s))
+            bound = sum(count * r.bound / r.plan.pools[0].replicas for count, r, _ in used)
+            self.ranked.append(Ranked(plan, value, value, bound, trial, trial.goodput_per_s))
+
+    def _survey_idle(self, plan: Plan) -> None:
+        """Simulate the kinds of replica that would fit on the devices a plan leaves idle."""
+        idle = plan.gpus - plan.gpus_used
+        for candidate in sorted(self.list.candidates, key=self._promise, reverse=True):
+            small = candidate.plan.pools[0].gpus_per_replica <= idle
+            if small and candidate.kind not in self.kinds and not self.late(1.2):
+                self.kinds[candidate.kind] = -inf
+                self._try(candidate, beat=False)
 
     def _packs(self, used: list[tuple[int, Ranked, Kind]]) -> bool:
         """Whether replicas of these sizes fit into the nodes, largest first."""

@@ -18,7 +18,6 @@ import typer
 from hwmodels.errors import ShardwiseError
 
 if TYPE_CHECKING:
-    from simulator.metrics import Metrics
     from simulator.result import Result
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong usage; 3 a model, device, engine or workload that is unknown or whose file is
@@ -83,7 +82,9 @@ def _not_negative(value: float | None) -> float | None:
     return value
 
 
-PlanFile = Annotated[Path, typer.Argument(help="Plan file in YAML, as 'shardwise plan --save' writes it.", metavar="PLAN")]
+PlanFile = Annotated[
+    Path, typer.Argument(help="Plan file in YAML, as 'shardwise plan --save' writes it.", metavar="PLAN")
+]
 Trace = Annotated[
     Path | None,
     typer.Option(help="Recorded requests: Azure 2023 CSV, Mooncake JSON lines or plain CSV, gzip too.", metavar="FILE"),
@@ -95,10 +96,14 @@ Workload = Annotated[
 DropEmpty = Annotated[bool, typer.Option("--drop-empty", help="Leave out traced requests without tokens.")]
 Requests = Annotated[
     int | None,
-    typer.Option(min=1, help="Requests to take; a shorter trace is repeated [default: 10000, or a whole shorter trace]."),
+    typer.Option(
+        min=1, help="Requests to take; a shorter trace is repeated [default: 10000, or a whole shorter trace]."
+    ),
 ]
 Ttft = Annotated[str | None, typer.Option(help="Limit on the time to first token, such as p99=2s.", metavar="LIMIT")]
-Tpot = Annotated[str | None, typer.Option(help="Limit on the time per output token, such as p99=50ms.", metavar="LIMIT")]
+Tpot = Annotated[
+    str | None, typer.Option(help="Limit on the time per output token, such as p99=50ms.", metavar="LIMIT")
+]
 E2e = Annotated[str | None, typer.Option(help="Limit on the end-to-end time, such as mean=20s.", metavar="LIMIT")]
 Itl = Annotated[str | None, typer.Option(help="Limit on the time between tokens, such as p99=80ms.", metavar="LIMIT")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
@@ -134,7 +139,9 @@ def plan_command(
     ] = "goodput-per-gpu",
     engine: Annotated[str, typer.Option(help="Engine profile whose overheads are counted.")] = "vllm",
     router: Annotated[str, typer.Option(help="round-robin, random, least-tokens or power-of-two.")] = "round-robin",
-    weights: Annotated[str | None, typer.Option(help="Formats of the weights, such as bf16,fp8.", metavar="LIST")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Formats of the weights, such as bf16,fp8.", metavar="LIST")
+    ] = None,
     activations: Annotated[str | None, typer.Option(help="Formats of the arithmetic.", metavar="LIST")] = None,
     kv: Annotated[str | None, typer.Option(help="Formats of the KV cache.", metavar="LIST")] = None,
     policy: Annotated[
@@ -143,7 +150,8 @@ def plan_command(
     token_budget: Annotated[str | None, typer.Option(help="Tokens in a step.", metavar="LIST")] = None,
     max_seqs: Annotated[str | None, typer.Option(help="Sequences in a step.", metavar="LIST")] = None,
     seconds: Annotated[
-        float | None, typer.Option(callback=_above_zero, help="Time after which no further plan is tried [default: 12].")
+        float | None,
+        typer.Option(callback=_above_zero, help="Time after which no further plan is tried [default: 12]."),
     ] = None,
     seed: Seed = 0,
     tolerance: Annotated[
@@ -220,7 +228,6 @@ def plan_command(
         rendering.say(out, f"Saved to {save}: plan.yaml, plans.csv, result.json and the best plan's run.")
 
 
-
 @app.command("simulate")
 def simulate_command(
     plan: PlanFile,
@@ -254,7 +261,6 @@ def simulate_command(
 ) -> None:
     """Simulate one plan: all metrics by SLO class, and with --save the requests, metrics and a Perfetto timeline."""
     from simulator.metrics import Window, meets, replicate, summarize
-    from simulator.result import Result
     from simulator.save import save_result
     from simulator.simulate import simulate
     from simulator.workload import Workload as Load
@@ -304,13 +310,17 @@ def simulate_command(
     if as_json:
         print(jsonout.dumps(content))
         return
-    how = f"{concurrency} in flight" if concurrency is not None else "at its own rate" if rate is None else f"{rate:g}/s"
+    how = (
+        f"{concurrency} in flight" if concurrency is not None else "at its own rate" if rate is None else f"{rate:g}/s"
+    )
     out = rendering.console()
     rendering.show_simulation(
         out, chosen, f"{len(first[0].requests):,} requests of {traffic.name}, {how}", metrics, totals, kept, intervals
     )
     if save is not None:
-        rendering.say(out, f"Saved to {save}: requests.csv, requests.parquet, metrics.json, timeline.json, result.json.")
+        rendering.say(
+            out, f"Saved to {save}: requests.csv, requests.parquet, metrics.json, timeline.json, result.json."
+        )
 
 
 @app.command("export")

@@ -83,7 +83,9 @@ def numbers(option: str, text: str, most: int) -> tuple[int, ...]:
         except ValueError:
             number = 0
         if not 1 <= number <= most:
-            raise OptionError(f"{option} {text}: {word!r} found, expected whole numbers from 1 to {most}, such as 512,2048")
+            raise OptionError(
+                f"{option} {text}: {word!r} found, expected whole numbers from 1 to {most}, such as 512,2048"
+            )
         found.add(number)
     return tuple(sorted(found))
 
@@ -144,7 +146,9 @@ def choices(
 def check_rate(question: Question) -> None:
     """Raise PlanError where the traffic has no rate of its own that could be demanded."""
     if question.objective != "goodput-per-gpu" and not isfinite(question.demanded_per_s):
-        raise PlanError(f"rate of {len(question.requests)} request(s): expected two or more that arrive apart; give --rate")
+        raise PlanError(
+            f"rate of {len(question.requests)} request(s): expected two or more that arrive apart; give --rate"
+        )
 
 
 def opened(path: Path) -> tuple[Plan, Catalogue]:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ui.words import cut, in_short, in_words, kept, number, percent, printable, replicas, scaled, seconds
+from ui.words import in_short, in_words, kept, number, percent, printable, replicas, scaled, scheduling, seconds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,14 +39,17 @@ def console() -> Console:
     return Console(markup=False, highlight=False, emoji=False, width=width)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Table:
-    """A table whose first `left` columns hold words, the others numbers."""
-    made = Table(title=Text(printable(title)), title_justify="left", title_style="bold", header_style="bold")
+def show_table(
+    out: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1
+) -> None:
+    """A titled table whose first `words` columns hold words, the others numbers."""
+    made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for position, name in enumerate(columns):
-        made.add_column(Text(name), justify="left" if position < left else "right", overflow="fold")
+        made.add_column(Text(name), justify="left" if position < words else "right", overflow="fold")
     for row in rows:
         made.add_row(*(Text(printable(cell)) for cell in row))
-    return made
+    say(out, title, "bold")
+    out.print(made)
 
 
 def say(out: Console, text: str, style: str = "") -> None:
@@ -66,33 +70,29 @@ def show_plan(out: Console, result: SearchResult, traffic: str, metrics: Metrics
         f"{question.model} on {question.gpus} x {question.hardware}, {len(question.requests):,} requests of {traffic} "
         f"at {demand}; {promised}; objective {question.objective} ({result.unit})",
     )
-    out.print(_ranking(result))
+    _show_ranking(out, result)
     say(out, f"Best: {in_words(best.plan)}", "bold green")
     say(out, f"  {_worth(result)}")
     show_metrics(out, f"The best plan at {best.trial.rate_per_s:.3g} requests/s", metrics, totals)
     say(out, _searched(result))
     say(out, _proof(result), "bold")
     if result.points:
-        out.print(
-            table(
-                "Pareto front of the points simulated within the limits",
-                ["plan", "requests/s", "tokens/s per GPU", "tokens/s per user"],
-                [
-                    [in_short(p.plan), number(p.rate_per_s), number(p.tokens_per_s_per_gpu), number(p.tokens_per_s_per_user)]
-                    for p in result.points
-                ],
-            )
-        )  # fmt: skip
+        points = [
+            [in_short(p.plan), scheduling(p.plan),
+             *map(number, (p.rate_per_s, p.tokens_per_s_per_gpu, p.tokens_per_s_per_user))]
+            for p in result.points
+        ]  # fmt: skip
+        columns = ["plan", "scheduling", "requests/s", "tokens/s per GPU", "tokens/s per user"]
+        show_table(out, "Pareto front of the points simulated within the limits", columns, points, words=2)
     evidence = ", ".join(f"{source} {percent(share)}" for source, share in result.evidence.items())
     say(out, f"Step times rest on: {evidence}. Searched for {seconds(result.wall_s)}.")
 
 
-def _ranking(result: SearchResult) -> Table:
+def _show_ranking(out: Console, result: SearchResult) -> None:
     """One row per plan; ties with the best are marked '='."""
     capacities = any(ranked.capacity_per_s is not None for ranked in result.ranked)
     limits = result.question.limits
-    columns = ["", "plan", "scheduling", "formats", "idle", result.unit.split(" ")[0] if capacities else "value"]
-    columns[5] = "per GPU" if capacities else "value"
+    columns = ["", "plan", "scheduling", "formats", "idle", "per GPU" if capacities else "value"]
     columns += ["capacity/s"] if capacities else []
     columns += [f"{limit.metric} {limit.statistic}" for limit in limits]
     rows = []
@@ -101,7 +101,7 @@ def _ranking(result: SearchResult) -> Table:
         row = [
             "=" if ranked.tie else str(position),
             in_short(plan),
-            " + ".join(f"{p.policy} {p.max_seqs}/{p.token_budget}" for p in plan.pools),
+            scheduling(plan),
             " + ".join(dict.fromkeys(kept(p) for p in plan.pools)),
             str(plan.gpus - plan.gpus_used),
             number(ranked.value),
@@ -109,7 +109,9 @@ def _ranking(result: SearchResult) -> Table:
         row += [number(ranked.capacity_per_s)] if capacities else []
         rows.append(row + [seconds(value) for value in ranked.trial.values_s])
     tied = "; '=' cannot be told from the best" if any(r.tie for r in result.ranked) else ""
-    return table(f"Plans by {result.question.objective} (scheduling: sequences/tokens a step{tied})", columns, rows, left=4)
+    show_table(
+        out, f"Plans by {result.question.objective} (scheduling: sequences/tokens a step{tied})", columns, rows, words=4
+    )
 
 
 def _worth(result: SearchResult) -> str:
@@ -124,7 +126,9 @@ def _worth(result: SearchResult) -> str:
 
 
 def _searched(result: SearchResult) -> str:
-    pruned = "; ".join(f"{count:,} by '{law}'" for law, count in sorted(result.pruned.items(), key=lambda item: -item[1]))
+    pruned = "; ".join(
+        f"{count:,} by '{law}'" for law, count in sorted(result.pruned.items(), key=lambda item: -item[1])
+    )
     return (
         f"Considered {result.considered:,} plans: {sum(result.pruned.values()):,} pruned ({pruned or 'none'}), "
         f"{result.simulated:,} simulated in {result.trials:,} runs, {result.untried:,} untried."
@@ -172,14 +176,14 @@ def show_simulation(
                 strict=True,
             )
         ]
-        out.print(table(f"Means of {runs} runs with 95 % intervals", ["metric", "mean", "+-", "runs"], rows))
+        show_table(out, f"Means of {runs} runs with 95 % intervals", ["metric", "mean", "+-", "runs"], rows)
 
 
 def show_metrics(out: Console, title: str, metrics: Metrics, totals: RunTotals) -> None:
     """Latencies by SLO class, then what the devices did."""
     classes = {"all": metrics.overall, **(metrics.classes if len(metrics.classes) > 1 else {})}
     rows = [row for name, found in classes.items() for row in _latencies(name, found, len(classes) > 1)]
-    out.print(table(title, ["latency", "mean", "p50", "p90", "p95", "p99"], rows))
+    show_table(out, title, ["latency", "mean", "p50", "p90", "p95", "p99"], rows)
     for name, found in classes.items():
         who = f"class {name}: " if len(classes) > 1 else ""
         say(
@@ -222,7 +226,7 @@ def show_explanation(out: Console, plan: Plan, pools: Sequence[Explanation]) -> 
             ["KV cache", f"{memory.kv_bytes / GIB:.2f}", percent(memory.kv_bytes / memory.device_bytes)],
             ["device", f"{memory.device_bytes / GIB:.2f}", ""],
         ]  # fmt: skip
-        out.print(table(f"{replicas(found.pool)}: memory of the fullest device", ["", "GiB", "share"], rows))
+        show_table(out, f"{replicas(found.pool)}: memory of the fullest device", ["", "GiB", "share"], rows)
         say(
             out,
             f"  {memory.kv_tokens:,} KV tokens ({memory.kv_blocks:,} blocks) for each scheduler, "
@@ -240,7 +244,7 @@ def _show_step(out: Console, step: StepTimes) -> None:
         for row in sorted(step.rows, key=lambda row: -row.time_s)
     ]  # fmt: skip
     columns = ["operator", "kind", "bound by", "count", "time", "share", "FLOPs", "bytes"]
-    out.print(table(f"{step.title}: {seconds(step.time_s)}", columns, rows, left=3))
+    show_table(out, f"{step.title}: {seconds(step.time_s)}", columns, rows, words=3)
     resources = ", ".join(
         f"{name} {percent(time_s / step.time_s)}" for name, time_s in sorted(step.bounds.items(), key=lambda i: -i[1])
     )
@@ -262,7 +266,7 @@ def show_models(out: Console, models: Sequence[ModelShape], attention: Mapping[s
         for m in models
     ]  # fmt: skip
     columns = ["model", "attention", "parameters/1e9", "active/1e9", "layers", "hidden", "KV KiB/token", "context"]
-    out.print(table(f"{len(rows)} models (KV in 16 bit); any config.json works too", columns, rows, left=2))
+    show_table(out, f"{len(rows)} models (KV in 16 bit); any config.json works too", columns, rows, words=2)
 
 
 def show_hardware(out: Console, devices: Sequence[Device], clusters: Sequence[Cluster]) -> None:
@@ -277,16 +281,15 @@ def show_hardware(out: Console, devices: Sequence[Device], clusters: Sequence[Cl
              f"{d.tdp_w:,.0f}", price]
         )  # fmt: skip
     columns = ["device", "cluster", "bf16 TFLOP/s", "fp8", "int8", "GiB", "GB/s", "TDP W", "USD/h"]
-    out.print(table(f"{len(rows)} devices (dense peaks)", columns, rows, left=2))
+    show_table(out, f"{len(rows)} devices (dense peaks)", columns, rows, words=2)
     links = []
     for c in clusters:
         ends = [
-            "-" if fabric is None else f"{fabric.name}, {fabric.bytes_per_s / 1e9:g} GB/s, {fabric.latency_s * 1e6:g} us"
+            "-"
+            if fabric is None
+            else f"{fabric.name}, {fabric.bytes_per_s / 1e9:g} GB/s, {fabric.latency_s * 1e6:g} us"
             for fabric in (c.intra, c.inter)
         ]
         links.append([c.name, c.device.name, *ends, str(c.gpus_per_node)])
     columns = ["cluster", "device", "inside a node", "between nodes", "devices/node"]
-    out.print(table(f"{len(links)} clusters (rates per device and direction)", columns, links, left=4))
-
-
-__all__ = ["console", "cut", "say", "show_explanation", "show_hardware", "show_models", "show_plan", "show_simulation"]
+    show_table(out, f"{len(links)} clusters (rates per device and direction)", columns, links, words=4)

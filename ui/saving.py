@@ -55,8 +55,7 @@ def ranking_text(result: SearchResult) -> str:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(
-        "rank,tie,plan,gpus_used,idle_gpus,policy,max_seqs,token_budget,formats,value,unit,bound,capacity_per_s,"
-        "rate_per_s,goodput_per_s,output_tokens_per_s,mean_tpot_s,mean_e2e_s".split(",")
+        ["rank", "tie", "plan", "gpus_used", "idle_gpus", "policy", "max_seqs", "token_budget", "formats", "value", "unit", "bound", "capacity_per_s", "rate_per_s", "goodput_per_s", "output_tokens_per_s", "mean_tpot_s", "mean_e2e_s"]
     )
     for rank, ranked in enumerate(result.ranked, 1):
         plan, trial = ranked.plan, ranked.trial

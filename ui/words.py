@@ -33,6 +33,11 @@ def in_short(plan: Plan) -> str:
     return " + ".join(f"{pool.replicas} x {cut(pool)}" for pool in plan.pools)
 
 
+def scheduling(plan: Plan) -> str:
+    """Policies with the most sequences and tokens of a step, such as 'chunked 256/2048'."""
+    return " + ".join(f"{pool.policy} {pool.max_seqs}/{pool.token_budget}" for pool in plan.pools)
+
+
 def in_words(plan: Plan) -> str:
     """What the plan runs, such as '4 replicas of tp=4 (chunked, ...) on 16 GPUs; 0 idle'."""
     kinds = [

@@ -9,7 +9,7 @@ from hwmodels.errors import ProfileError
 
 
 def test_the_promised_engines_are_shipped():
-    assert engine_names() == ["sglang", "tensorrt-llm", "vllm"]
+    assert {"sglang", "tensorrt-llm", "vllm"} <= set(engine_names())
 
 
 @pytest.mark.parametrize("name", engine_names())

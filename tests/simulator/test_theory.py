@@ -53,7 +53,7 @@ def assert_mean(values: np.ndarray, expected: float, *, within: float = 0.03, ba
     """The mean is within 3 % of theory, or theory within the 99.9 % confidence interval of the batch means."""
     means = np.array([batch.mean() for batch in np.array_split(values, batches)])
     half = stats.t.ppf(0.9995, batches - 1) * means.std(ddof=1) / np.sqrt(batches)
-    assert half < 0.1 * expected, "too few requests to say anything"
+    assert half < 0.08 * expected, "too few requests to say anything"
     assert abs(values.mean() - expected) <= max(within * expected, half)
 
 
@@ -65,11 +65,11 @@ def test_m_d_1_waiting_time(load: float) -> None:
     assert_mean(wait_s, load * SERVICE_S / (2 * (1 - load)))
 
 
-@pytest.mark.parametrize("load", [0.3, 0.6, 0.75])
+@pytest.mark.parametrize("load", [0.3, 0.65])
 def test_m_g_1_waiting_time(load: float) -> None:
     """Pollaczek and Khinchine: lambda E[s^2] / (2 (1 - rho)), here with service times of 1 or 9 units."""
     rng = np.random.default_rng(2)
-    prompts = rng.choice([1, 9], p=[0.75, 0.25], size=300_000)
+    prompts = rng.choice([1, 9], p=[0.75, 0.25], size=200_000)
     mean, square = 3.0 * SERVICE_S, 21.0 * SERVICE_S**2
     rate = load / mean
     wait_s = serve(server(), poisson(rng, rate, prompts)).queue_s.to_numpy()
@@ -142,10 +142,10 @@ def test_batched_decode_throughput() -> None:
 
 def test_random_split_is_four_queues() -> None:
     """A Poisson stream dealt out at random is four Poisson streams: M/D/1 each."""
-    load, servers = 0.8, 4
+    load, servers = 0.6, 4
     requests = poisson(np.random.default_rng(8), servers * load / SERVICE_S, np.ones(100_000, dtype=int))
     served = simulate(Deployment([server()] * servers, ROUTERS["random"]), requests, record=False).requests
-    assert_mean(served.queue_s.to_numpy(), load * SERVICE_S / (2 * (1 - load)), within=0.05)
+    assert_mean(served.queue_s.to_numpy(), load * SERVICE_S / (2 * (1 - load)))
 
 
 def test_round_robin_of_equal_requests_is_one_queue() -> None:

@@ -1,0 +1,307 @@
+"""Where a step's time goes: its operators priced one by one, and what each of them waits for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hwmodels import operators as ops
+from hwmodels.hardware import Cluster, Device
+from hwmodels.mapping import Mapping, Precision
+from hwmodels.operators import AttentionCore, Communication, Elementwise, Gemm, GroupedGemm, Operator
+from hwmodels.roofline import AnalyticCost, arithmetic_dtype, attention_dtype, memory_time_s, tile_time_s
+from hwmodels.shape import Layer, ModelShape
+from hwmodels.step_model import (
+    StepModel,
+    decode_operators,
+    linear_operators,
+    prefill_operators,
+    shared_operators,
+    stage_layers,
+)
+from planner.catalogue import Catalogue, mapping_of, precision_of
+from planner.errors import PlanError
+from planner.plan import Pool
+
+#: Decoding sequences of a scheduler where none are asked for.
+BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One operator of a step on one device, all its launches together.
+
+    count        launches
+    time_s, flops, bytes   of all launches; bytes are device memory traffic or, of a collective, what it is asked to move
+    bound        'compute', 'memory', 'launch' (starting kernels and filling the memory pipeline), the name of a link,
+                 'latency of' a link, or 'host'
+    algorithm    of a collective, the one that is fastest at this size; '' otherwise
+    link         the link that holds a collective up; '' otherwise
+    """
+
+    name: str
+    kind: str
+    count: int
+    time_s: float
+    flops: float
+    bytes: float
+    bound: str
+    algorithm: str = ""
+    link: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """One step of a replica from start to end, through all pipeline stages.
+
+    title          what the step holds; every attention group holds as much
+    tokens         of one scheduler
+    step_model_s   what the table that simulations use says
+    mfu, mbu       shares of the peaks of the replica's devices while this step is all they do
+    """
+
+    title: str
+    tokens: int
+    rows: tuple[Row, ...]
+    step_model_s: float
+    mfu: float
+    mbu: float
+
+    @property
+    def time_s(self) -> float:
+        """Sum of the rows."""
+        return sum(row.time_s for row in self.rows)
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds by what they wait for."""
+        found: dict[str, float] = defaultdict(float)
+        for row in self.rows:
+            found[row.bound] += row.time_s
+        return dict(found)
+
+    @property
+    def binding(self) -> str:
+        """What most of the time waits for."""
+        return max(self.bounds.items(), key=lambda entry: entry[1])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes on the fullest device; the first four add up to the device, kv_tokens are those of one scheduler.
+
+    engine_bytes   what the engine keeps for itself and the part of the device it must not use
+    """
+
+    weights_bytes: float
+    activations_bytes: float
+    engine_bytes: float
+    kv_bytes: float
+    device_bytes: float
+    kv_bytes_per_token: float
+    kv_blocks: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One pool: the memory of its fullest device and its steps."""
+
+    pool: Pool
+    memory: MemoryUse
+    steps: tuple[StepTimes, ...]
+
+
+def explain(
+    catalogue: Catalogue, pool: Pool, *, batch: int | None = None, context: int = 1024, prefill: int | None = None
+) -> Explanation:
+    """A decode step and a prompt chunk of one replica of the pool.
+
+    batch      decoding sequences of each scheduler; None for BATCH or as many as fit
+    context    tokens each of them attends to
+    prefill    tokens of the chunk, alone in its step; None for the token budget, 0 for no such step
+
+    Raises PlanError for a batch or chunk the plan cannot run, and what Catalogue.replica raises.
+    """
+    spec = catalogue.replica(pool)
+    memory = _memory(catalogue, pool)
+    longest = min(pool.max_context_tokens, catalogue.model.max_context_tokens)
+    if context > longest:
+        raise PlanError(f"context {context}: expected at most {longest} tokens, the longest the plan accepts")
+    fits = min(pool.max_seqs, pool.token_budget, memory.kv_tokens // context)
+    if batch is None:
+        batch = min(BATCH, fits)
+    if not 1 <= batch <= fits:
+        raise PlanError(
+            f"batch {batch} at context {context}: expected 1 to {fits} sequences (max_seqs {pool.max_seqs}, "
+            f"{memory.kv_tokens} KV tokens); ask for a smaller batch or a shorter context"
+        )
+    most = min(pool.token_budget, longest, memory.kv_tokens)
+    if prefill is None:
+        prefill = most
+    if prefill > most:
+        raise PlanError(f"prefill {prefill}: expected at most {most} tokens, what a step of the plan can hold")
+    step = _Step(catalogue, pool, spec.model)
+    steps = [step.decode(batch, context)]
+    if prefill:
+        steps.append(step.chunk(prefill))
+    return Explanation(pool, memory, tuple(steps))
+
+
+def _memory(catalogue: Catalogue, pool: Pool) -> MemoryUse:
+    memory, device = catalogue.memory(pool), catalogue.cluster.device
+    unused = device.memory_bytes * (1 - catalogue.engine.memory_fraction)
+    return MemoryUse(
+        memory.weights_bytes,
+        memory.activations_bytes,
+        memory.engine_bytes + unused,
+        memory.kv_bytes,
+        device.memory_bytes,
+        memory.kv_bytes_per_token,
+        memory.kv_blocks,
+        memory.kv_blocks * pool.block_tokens,
+    )
+
+
+class _Step:
+    """Steps of one replica of a pool; every attention group holds the same batch."""
+
+    def __init__(self, catalogue: Catalogue, pool: Pool, table: StepModel) -> None:
+        self.model: ModelShape = catalogue.model
+        self.cluster: Cluster = catalogue.cluster
+        self.mapping: Mapping = mapping_of(pool)
+        self.precision: Precision = precision_of(pool)
+        self.cost = AnalyticCost(self.cluster, self.mapping)
+        self.table = table
+
+    def decode(self, sequences: int, context: int) -> StepTimes:
+        """One token for each of the sequences."""
+        total = sequences * context
+
+        def attention(layers: Sequence[Layer]) -> list[Operator]:
+            return decode_operators(layers, _one(sequences), _one(total), self.mapping, self.precision)
+
+        title = f"decode step of {sequences} {_plural(sequences, 'sequence')} at context {context}"
+        return self._times(title, sequences, sequences, attention, (sequences, total, []))
+
+    def chunk(self, new: int) -> StepTimes:
+        """The first tokens of a prompt, alone."""
+
+        def attention(layers: Sequence[Layer]) -> list[Operator]:
+            return prefill_operators(layers, _one(new), _one(0), self.mapping, self.precision)
+
+        return self._times(f"prefill step of {new} {_plural(new, 'token')}", new, 1, attention, (0, 0, [(new, 0)]))
+
+    def _times(
+        self,
+        title: str,
+        tokens: int,
+        sampled: int,
+        attention: Callable[[Sequence[Layer]], list[Operator]],
+        batch: tuple[int, int, Sequence[tuple[int, int]]],
+    ) -> StepTimes:
+        mapping, groups = self.mapping, self.mapping.attention_dp
+        found: list[Operator] = []
+        for stage, layers in enumerate(stage_layers(self.model, mapping)):
+            first, last = stage == 0, stage == mapping.pp - 1
+            found += linear_operators(self.model, layers, _one(tokens), mapping, self.precision, first=first)
+            found += shared_operators(self.model, layers, _one(tokens * groups), mapping, self.precision)
+            found += attention(layers)
+            if last:
+                found += ops.language_model_head(self.model, _one(sampled), mapping.tp)
+            else:
+                sent = _one(tokens * self.model.hidden * ops.wire_bytes(self.precision))
+                found.append(Communication("stage transfer", "point-to-point", "pp", sent))
+        rows = _merged([self._row(op) for op in found])
+        rows.append(Row("scheduling and sampling", "host", 1, self.table.overhead_s(sampled), 0.0, 0.0, "host"))
+        if groups > 1:
+            table_s = self.table.lockstep_s([batch] * groups)
+        else:
+            table_s = sum(self.table.stages_s(*batch)) + (mapping.pp - 1) * self.table.transfer[tokens]
+        device = self.cluster.device
+        time_s = sum(row.time_s for row in rows) * mapping.pp  # each device works on its stage's share of it
+        peak = device.peak_flops_per_s[arithmetic_dtype(self.precision, device)]
+        moved = sum(row.bytes for row in rows if not row.link)
+        return StepTimes(
+            title,
+            tokens,
+            tuple(row for row in rows if row.time_s > 0),
+            table_s,
+            sum(row.flops for row in rows) / (peak * time_s),
+            moved / (device.memory_bytes_per_s * time_s),
+        )
+
+    def _row(self, op: Operator) -> Row:
+        """The operator's price and what it waits for."""
+        time_s, flops, nbytes = (float(np.sum(value)) for value in (self.cost.time_s(op), op.flops, op.bytes))
+        if not isinstance(op, Communication):
+            bound = _bound(op, self.cluster.device)
+            return Row(op.name, _KINDS[type(op)], op.count, time_s, op.count * flops, op.count * nbytes, bound)
+        lines = self.cost.collective(op.kind, op.group).lines
+        if not lines:
+            return Row(op.name, op.kind, op.count, 0.0, 0.0, 0.0, "none")
+        line = min(lines, key=lambda line: line.latency_s + line.seconds_per_byte * nbytes)
+        link = line.link.split(",")[0]  # which of the alike links it is does not matter here
+        bound = link if line.seconds_per_byte * nbytes >= line.latency_s else f"latency of {link}"
+        return Row(op.name, op.kind, op.count, time_s, 0.0, op.count * nbytes, bound, line.algorithm, line.link)
+
+
+_KINDS: dict[type, str] = {
+    Gemm: "GEMM", GroupedGemm: "grouped GEMM", AttentionCore: "attention", Elementwise: "elementwise"
+}  # fmt: skip
+
+
+def _bound(op: Gemm | GroupedGemm | AttentionCore | Elementwise, device: Device) -> str:
+    """Which part of a kernel's time is longest: arithmetic, memory traffic, or getting started.
+
+    Arithmetic and traffic overlap, the start does not; the ramp of memory_time_s counts as start.
+    """
+    e = device.efficiency
+    traffic_s = float(np.sum(op.bytes)) / (e.memory_mbu * device.memory_bytes_per_s)
+    kernels = op.kernels if isinstance(op, Elementwise) else 1
+    ramp_s = float(np.sum(memory_time_s(op.bytes, device))) - traffic_s
+    launch_s = kernels * device.kernel_launch_s
+    compute_s = _compute_s(op, device)
+    if compute_s > traffic_s + ramp_s:
+        return "compute" if compute_s >= launch_s else "launch"
+    return "memory" if traffic_s >= ramp_s + launch_s else "launch"
+
+
+def _compute_s(op: Gemm | GroupedGemm | AttentionCore | Elementwise, device: Device) -> float:
+    """Time the multiply units alone would take."""
+    if isinstance(op, Elementwise):
+        return 0.0
+    if isinstance(op, AttentionCore):
+        peak = device.peak_flops_per_s[attention_dtype(op.precision, device)]
+        return float(np.sum(op.flops)) / (peak * device.efficiency.attention_mfu)
+    if isinstance(op, Gemm):
+        return float(np.sum(tile_time_s(op.m, op.n, op.k, op.groups, device, op.precision)))
+    rows = op.m / np.maximum(op.active, 1)
+    return float(np.sum(tile_time_s(rows, op.n, op.k, op.active, device, op.precision)))
+
+
+def _merged(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the same operator as one, in order of appearance."""
+    together: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        key = (row.name, row.kind, row.bound, row.algorithm)
+        old = together.get(key)
+        if old is not None:
+            row = Row(
+                row.name, row.kind, old.count + row.count, old.time_s + row.time_s, old.flops + row.flops,
+                old.bytes + row.bytes, row.bound, row.algorithm, row.link,
+            )  # fmt: skip
+        together[key] = row
+    return list(together.values())
+
+
+def _one(value: float) -> ops.Array:
+    """A batch size as operators take it."""
+    return np.array([float(value)])
+
+
+def _plural(count: int, word: str) -> str:
+    return word if count == 1 else f"{word}s"
