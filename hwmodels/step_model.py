@@ -283,13 +283,12 @@ class StepModel:
     def step_s(self, sequences: int, context: int, items: Sequence[Item]) -> float:
         """Seconds of one step of a replica with one stage and one attention group."""
         tables = self.stages[0]
+        decode, prefill, engine = tables.decode, tables.prefill, self.engine
         if not items:
-            knots = tables.decode.knots
-            piece = bisect_left(knots, context / sequences) if knots else 0
+            piece = bisect_left(decode.knots, context / sequences) if decode.knots else 0
             return self._run_base[piece][sequences] + self._run_slope[piece][sequences] * context
         tokens = sequences
-        value = 0.0
-        prefill = tables.prefill
+        value = engine.step_overhead_s
         if prefill.knots:
             for new, before in items:
                 tokens += new
@@ -301,15 +300,10 @@ class StepModel:
                 value += base[new] + slope[new] * before
         sampled = sequences + len(items)
         if sequences:
-            value += tables.decode.at(sequences, context / sequences)
-        engine = self.engine
-        return (
-            value
-            + tables.linear[tokens]
-            + tables.head[sampled]
-            + engine.step_overhead_s
-            + sampled * engine.sequence_overhead_s
-        )
+            mean = context / sequences
+            piece = bisect_left(decode.knots, mean) if decode.knots else 0
+            value += decode.base[piece][sequences] + decode.slope[piece][sequences] * mean
+        return value + tables.linear[tokens] + tables.head[sampled] + sampled * engine.sequence_overhead_s
 
     def decode_run(self, sequences: int, context: int) -> tuple[float, float, float]:
         """(first_s, slope_s, steps): the j-th decode-only step from here takes first_s + j * slope_s for j < steps.

@@ -235,7 +235,9 @@ class Screen:
         fewest = own = np.maximum(decodes / max_seqs, context / kv_tokens)
         for limit in self.limits:
             if self._strict[limit]:
-                fewest = np.maximum(fewest, self._strict[limit] / groups / _most_sequences(replica.decode, limit.seconds))
+                fewest = np.maximum(
+                    fewest, self._strict[limit] / groups / _most_sequences(replica.decode, limit.seconds)
+                )
         if groups == 1:
             own = fewest
         result = np.zeros(len(budgets))

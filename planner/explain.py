@@ -35,7 +35,7 @@ class Row:
     """One operator of a step on one device, all its launches together.
 
     count        launches
-    time_s, flops, bytes   of all launches; bytes are device memory traffic or, of a collective, what it is asked to move
+    time_s, flops, bytes   of all launches; bytes of device memory or, of a collective, what it moves
     bound        'compute', 'memory', 'launch' (starting kernels and filling the memory pipeline), the name of a link,
                  'latency of' a link, or 'host'
     algorithm    of a collective, the one that is fastest at this size; '' otherwise

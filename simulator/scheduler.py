@@ -16,6 +16,9 @@ from typing import Literal
 from simulator.errors import SchedulerError
 
 Policy = Literal["chunked", "prefill-first", "orca", "static"]
+#: Requests are told from steps by their low bits.
+REQUEST_BITS = 32
+REQUEST_MASK = (1 << REQUEST_BITS) - 1
 #: (request, new tokens, tokens cached before them) of one prompt chunk.
 Chunk = tuple[int, int, int]
 
@@ -67,7 +70,6 @@ class Scheduler:
         "_finish_at",
         "_heap",
         "_needs",
-        "_offset",
         "_order",
         "_padded",
         "_partial",
@@ -116,9 +118,8 @@ class Scheduler:
         self._block = config.block_tokens
         self._admit = POLICIES[config.policy]
         self._needs = [0] * config.block_tokens  # sequences that need a block when steps % block_tokens is the index
-        self._offset: dict[int, int] = {}
-        self._finish_at: dict[int, int] = {}
-        self._heap: list[tuple[int, int]] = []
+        self._finish_at: dict[int, int] = {}  # value of `steps` at which a decoding sequence ends
+        self._heap: list[int] = []  # the same, as finish << REQUEST_BITS | request; outdated entries are dropped when met
         self._order: list[int] = []  # by admission; ended ones are dropped when met
         self._partial = -1
         self._partial_done = 0
@@ -169,10 +170,12 @@ class Scheduler:
     def settled_steps(self) -> int:
         """How many decode steps, the formed one included, run before a completion or a KV shortage."""
         heap, finish_at = self._heap, self._finish_at
-        while finish_at.get(heap[0][1]) != heap[0][0]:
+        first = heap[0]
+        while finish_at.get(first & REQUEST_MASK) != first >> REQUEST_BITS:
             heappop(heap)
-        steps = heap[0][0] - self.steps
-        if not self._padded and steps > 1 and self.free < self.running * (steps // self._block + 1):
+            first = heap[0]
+        steps = (first >> REQUEST_BITS) - self.steps
+        if steps > 1 and self.free < self.running * (steps // self._block + 1) and not self._padded:
             # The first step's blocks are taken already; find how many more steps the free blocks carry.
             left, now, block, needs = self.free, self.steps, self._block, self._needs
             whole = left // self.running
@@ -200,76 +203,71 @@ class Scheduler:
     def advance(self, steps: int) -> list[int]:
         """Take `steps` steps of the formed kind (1 if it has chunks); the requests that finished, in any order."""
         finished: list[int] = []
-        block = self._block
-        if self.chunks and self.running + len(self.chunks) > self.peak_seqs:
-            self.peak_seqs = self.running + len(self.chunks)
+        block, finish_at, chunks = self._block, self._finish_at, self.chunks
+        if chunks and self.running + len(chunks) > self.peak_seqs:
+            self.peak_seqs = self.running + len(chunks)
         if self.decode_runs:
             if steps > 1:
                 self.free -= self.blocks_grown(steps - 1)
             if self.free < self.least_free:
                 self.least_free = self.free
-            now = self.steps = self.steps + steps
+            self.steps += steps
             heap = self._heap
-            finish_at = self._finish_at
-            while heap and heap[0][0] <= now:
-                at, request = heappop(heap)
+            due = (self.steps + 1) << REQUEST_BITS
+            while heap and heap[0] < due:
+                entry = heappop(heap)
+                request, at = entry & REQUEST_MASK, entry >> REQUEST_BITS
                 if finish_at.get(request) == at:
                     del finish_at[request]
                     finished.append(request)
-                    offset = self._offset.pop(request)
                     if not self._padded:
+                        cached = self.prompts[request] + self.outputs[request] - 1
                         self.running -= 1
-                        self.context_offset -= offset
-                        self._needs[-offset % block] -= 1
-                        self.free += -(-(offset + at) // block)
-        if self.chunks:
+                        self.context_offset -= cached - at
+                        self._needs[(at - cached) % block] -= 1
+                        self.free += -(-cached // block)
+        if chunks:
+            now = self.steps
             prompts, outputs, generated = self.prompts, self.outputs, self.generated
-            for request, new, before in self.chunks:
+            for request, new, before in chunks:
                 target = prompts[request]
-                done = 0
-                if request in generated:
-                    done = generated[request]
-                    target += done
+                left = outputs[request] - 1
+                if generated and request in generated:
+                    target += generated[request]
+                    left -= generated[request]
                 if before + new < target:
                     self._partial = request
                     self._partial_done = before + new
                     continue
-                if request == self._partial:
+                if before:
                     self._partial = -1
-                left = outputs[request] - done - 1
                 if left:
-                    self._join(request, target, left)
+                    finish_at[request] = now + left
+                    heappush(self._heap, now + left << REQUEST_BITS | request)
+                    self.running += 1
+                    self.context_offset += target - now
+                    self._needs[(now - target) % block] += 1
                 else:
                     finished.append(request)
                     if self._padded:
                         self.running += 1
-                        self.context_offset += target - self.steps
+                        self.context_offset += target - now
                     else:
                         self.free += -(-target // block)
             self.chunks = []
-        if self._padded and finished and not self._finish_at:
-            self.running = 0
-            self.context_offset = 0
-            self.free = self.kv_blocks
-        self.unfinished -= len(finished)
+        if finished:
+            self.unfinished -= len(finished)
+            if self._padded and not finish_at:
+                self.running = 0
+                self.context_offset = 0
+                self.free = self.kv_blocks
         return finished
-
-    def _join(self, request: int, cached: int, left: int) -> None:
-        """Start decoding: `cached` tokens are in the pool, `left` tokens are still to come."""
-        offset = cached - self.steps
-        finish = self.steps + left
-        self._offset[request] = offset
-        self._finish_at[request] = finish
-        heappush(self._heap, (finish, request))
-        self.running += 1
-        self.context_offset += offset
-        self._needs[-offset % self._block] += 1
 
     def _head_target(self) -> int:
         """Tokens the head of the queue has to prefill."""
         head = self.waiting[0]
         target = self.prompts[head]
-        return target + self.generated[head] if head in self.generated else target
+        return target + self.generated.get(head, 0) if self.generated else target
 
     def _admit_head(self, blocks: int) -> int:
         """Move the head of the queue to the running sequences."""
@@ -295,11 +293,10 @@ class Scheduler:
                 break
             if request in self._finish_at:
                 left = self._finish_at.pop(request) - self.steps
-                offset = self._offset.pop(request)
-                cached = offset + self.steps
+                cached = self.prompts[request] + self.outputs[request] - 1 - left
                 self.running -= 1
-                self.context_offset -= offset
-                self._needs[-offset % block] -= 1
+                self.context_offset -= cached - self.steps
+                self._needs[(self.steps - cached) % block] -= 1
                 self.free += -(-cached // block)
                 self.generated[request] = self.outputs[request] - left
                 break
@@ -309,11 +306,12 @@ class Scheduler:
 
     def _grow_decodes(self) -> bool:
         """Give every decoding sequence room for its next token, preempting while there is none; whether any was."""
-        self.decode_runs = self.running > 0
-        if not self.decode_runs:
+        if not self.running:
+            self.decode_runs = False
             return False
-        index = self.steps % self._block
+        self.decode_runs = True
         needs = self._needs
+        index = self.steps % self._block
         if needs[index] <= self.free:
             self.free -= needs[index]
             return False
@@ -329,8 +327,10 @@ class Scheduler:
 def _chunked(s: Scheduler) -> None:
     """All decodes, the prompt in progress, new prompts, up to the token budget (Sarathi-Serve, arXiv:2403.02310)."""
     shortage = s._grow_decodes()
-    left = s.config.token_budget - s.running
     partial = s._partial
+    if partial < 0 and not s.waiting:
+        return
+    left = s.config.token_budget - s.running
     if partial >= 0 and left > 0:
         done = s._partial_done
         target = s.prompts[partial] + s.generated.get(partial, 0)

@@ -20,10 +20,10 @@ from hwmodels.errors import ShardwiseError
 if TYPE_CHECKING:
     from simulator.result import Result
 
-EXIT_CODES = """Exit codes: 0 done; 2 wrong usage; 3 a model, device, engine or workload that is unknown or whose file is
-wrong; 4 a plan, limit or setting that contradicts itself or the model; 5 a plan that does not fit in memory; 6 a trace or
-traffic that cannot be replayed; 7 no plan fits or keeps the limits; 8 results that cannot be written; 130 interrupted.
-Errors are one line on standard error."""
+EXIT_CODES = """Exit codes: 0 done; 2 wrong usage; 3 a model, device, engine or workload that is unknown or whose file
+is wrong; 4 a plan, limit or setting that contradicts itself or the model; 5 a plan that does not fit in memory; 6 a
+trace or traffic that cannot be replayed; 7 no plan fits or keeps the limits; 8 results that cannot be written; 130
+interrupted. Errors are one line on standard error."""
 
 app = typer.Typer(
     name="shardwise",
@@ -275,8 +275,8 @@ def simulate_command(
     chosen, catalogue = questions.opened(plan)
     if replications > 1 and trace is not None and chosen.router in ("round-robin", "least-tokens"):
         raise questions.OptionError(
-            f"--replications {replications} with --trace {trace} under router {chosen.router}: nothing is drawn, so all "
-            "runs would be the same; expected --workload or a random router"
+            f"--replications {replications} with --trace {trace} under router {chosen.router}: nothing is drawn, so "
+            "all runs would be the same; expected --workload or a random router"
         )
     window = Window(warmup, cooldown) if warmup or cooldown else None
     recorded = traffic.requests(seed, rate) if trace is not None else None
@@ -346,7 +346,7 @@ def export_command(
     if save is not None:
         saving.write_launch_files(save, exported.files)
     if as_json:
-        content = {"engine": exported.engine, "version": exported.version, "files": dict(exported.files)}
+        content = {"engine": exported.engine, "engine_version": exported.version, "files": dict(exported.files)}
         print(jsonout.dumps({**content, "notes": list(exported.notes)}))
         return
     for note in exported.notes:

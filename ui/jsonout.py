@@ -45,7 +45,7 @@ shardwise hardware    devices: list of {name, vendor, kind, peak_flops_per_s {fo
                       memory_bytes_per_s, tdp_w, idle_w, price_usd_per_h, default_cluster, source};
                       clusters: list of {name, device, gpus_per_node, intra, inter}, links as {name, kind,
                       bytes_per_s, latency_s} or null
-shardwise export      engine, version, files {name: text}, notes
+shardwise export      engine, engine_version, files {name: text}, notes
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from typing import get_args
 
 from hwmodels.errors import ShardwiseError
 from hwmodels.hardware import Device, load_cluster
@@ -16,7 +17,7 @@ from planner.errors import PlanError
 from planner.planfile import read_plan
 from planner.space import Choices
 from simulator.metrics import Limit, parse_limit
-from simulator.scheduler import POLICIES, Policy
+from simulator.scheduler import Policy
 from simulator.traces import read_trace
 from simulator.workload import Requests, load_profile, synthesize
 
@@ -94,19 +95,15 @@ def policies(text: str) -> tuple[Policy, ...]:
     """Scheduling policies between commas."""
     found: list[Policy] = []
     for word in (part.strip() for part in text.split(",")):
-        known = next((policy for policy in _policies() if policy == word), None)
+        known = next((policy for policy in get_args(Policy) if policy == word), None)
         if known is None:
-            raise OptionError(f"--policy {text}: {word!r} found, expected some of {', '.join(_policies())}")
+            raise OptionError(f"--policy {text}: {word!r} found, expected some of {', '.join(get_args(Policy))}")
         found.append(known)
     return tuple(dict.fromkeys(found))
 
 
-def _policies() -> tuple[Policy, ...]:
-    return tuple(POLICIES)
-
-
 def formats(device: Device, weights: str | None, activations: str | None, kv: str | None) -> tuple[Precision, ...]:
-    """Every legal combination of the formats between commas; by default 16 bit, or the widest the device multiplies in."""
+    """Every combination of the formats between commas; by default 16 bit where the device has it."""
     native = next((f for f in ("bf16", "fp16", "fp32", "int8", "fp8") if f in device.peak_flops_per_s), "bf16")
     lists = []
     for option, text in (("--weights", weights), ("--activations", activations), ("--kv", kv)):

@@ -121,7 +121,8 @@ def _worth(result: SearchResult) -> str:
         text += f"; keeps its limits up to {number(best.capacity_per_s)} requests/s"
     ties = sum(ranked.tie for ranked in result.ranked)
     if ties:
-        text += f"; {ties} other {'plan is' if ties == 1 else 'plans are'} as good within {percent(result.question.tolerance)}"
+        others = "other plan is" if ties == 1 else "other plans are"
+        text += f"; {ties} {others} as good within {percent(result.question.tolerance)}"
     return text
 
 
@@ -219,13 +220,14 @@ def show_explanation(out: Console, plan: Plan, pools: Sequence[Explanation]) -> 
     say(out, f"{plan.model} on {plan.hardware}: {in_words(plan)}")
     for found in pools:
         memory = found.memory
-        rows = [
-            ["weights", f"{memory.weights_bytes / GIB:.2f}", percent(memory.weights_bytes / memory.device_bytes)],
-            ["activations", f"{memory.activations_bytes / GIB:.2f}", percent(memory.activations_bytes / memory.device_bytes)],
-            ["engine and unused", f"{memory.engine_bytes / GIB:.2f}", percent(memory.engine_bytes / memory.device_bytes)],
-            ["KV cache", f"{memory.kv_bytes / GIB:.2f}", percent(memory.kv_bytes / memory.device_bytes)],
-            ["device", f"{memory.device_bytes / GIB:.2f}", ""],
-        ]  # fmt: skip
+        parts = {
+            "weights": memory.weights_bytes,
+            "activations": memory.activations_bytes,
+            "engine and unused": memory.engine_bytes,
+            "KV cache": memory.kv_bytes,
+            "device": memory.device_bytes,
+        }
+        rows = [[name, f"{size / GIB:.2f}", percent(size / memory.device_bytes)] for name, size in parts.items()]
         show_table(out, f"{replicas(found.pool)}: memory of the fullest device", ["", "GiB", "share"], rows)
         say(
             out,

@@ -18,6 +18,13 @@ from simulator.errors import SaveError
 from simulator.save import Writer, write_files
 from ui.words import in_short, kept
 
+#: Of plans.csv.
+COLUMNS = (
+    *("rank", "tie", "plan", "gpus_used", "idle_gpus", "policy", "max_seqs", "token_budget", "formats"),
+    *("value", "unit", "bound", "capacity_per_s"),
+    *("rate_per_s", "goodput_per_s", "output_tokens_per_s", "mean_tpot_s", "mean_e2e_s"),
+)
+
 
 def require_writable(folder: Path | None, names: tuple[str, ...] = ()) -> None:
     """Raise SaveError unless a folder could be made or written to, and hold files of these names."""
@@ -54,9 +61,7 @@ def ranking_text(result: SearchResult) -> str:
     """The ranking as CSV, one row per plan; pools of a mixture share a row."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(
-        ["rank", "tie", "plan", "gpus_used", "idle_gpus", "policy", "max_seqs", "token_budget", "formats", "value", "unit", "bound", "capacity_per_s", "rate_per_s", "goodput_per_s", "output_tokens_per_s", "mean_tpot_s", "mean_e2e_s"]
-    )
+    writer.writerow(COLUMNS)
     for rank, ranked in enumerate(result.ranked, 1):
         plan, trial = ranked.plan, ranked.trial
         together = [

@@ -5,8 +5,8 @@ outputs lognormal with means of 1024 and 256 tokens. All times are CPU seconds o
 
 requests_per_cpu_s            simulate() with record=False, frame of requests included
 requests_per_cpu_s_recorded   the same with the step log
-ratio_to_oracle               CPU time per request of the step-by-step oracle, on a prefix of the same requests, over that
-                              of the engine on all of them; ratio_on_prefix has both on the prefix
+ratio_to_oracle               CPU time per request of the step-by-step oracle, on a prefix of the same requests, over
+                              that of the engine on all of them; ratio_on_prefix has both on the prefix
 peak_mb, flatness             in a process of its own: memory after a run of a million requests, and its CPU time per
                               request over that of 10,000
 step_lookup_us                StepModel.step_s for decode-only steps and for steps that also prefill two prompts

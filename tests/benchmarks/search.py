@@ -2,8 +2,8 @@
 
 Every question is asked in a process of its own; wall_s and cpu_s are of that process, interpreter start-up and imports
 included. screen_plans_per_s is the numpy pass that bounds plans (busy time and latency floors) over many mappings of
-Llama-3.1-70B and DeepSeek-V3, with coefficients derived beforehand; screen_first_plans_per_s includes deriving them, and
-screen_compiled_plans_per_s compiling the step models as well.
+Llama-3.1-70B and DeepSeek-V3, with coefficients derived beforehand; screen_first_plans_per_s includes deriving them,
+and screen_compiled_plans_per_s compiling the step models as well.
 """
 
 from __future__ import annotations

@@ -109,9 +109,7 @@ def test_uneven_stages():
             stage_layers(model, Mapping(pp=2, stages=stages))
 
 
-@pytest.mark.parametrize(
-    ("weights", "bytes_each"), [("fp8", 1.0), ("int4", 0.5 + 2.5 / 128), ("fp4", 0.5 + 1 / 16)]
-)
+@pytest.mark.parametrize(("weights", "bytes_each"), [("fp8", 1.0), ("int4", 0.5 + 2.5 / 128), ("fp4", 0.5 + 1 / 16)])
 def test_narrow_weights_leave_embeddings_in_16_bit(weights, bytes_each):
     model = load_model("llama-3.1-8b")
     tables = 2 * model.vocab * model.hidden

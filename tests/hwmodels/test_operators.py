@@ -47,9 +47,7 @@ def test_flops_of_a_dense_token_are_twice_the_weights_it_meets_and_attention(nam
     norms = sum(layer.norm_parameters for layer in model.layers)
     embeddings = model.vocab * model.hidden * (1 if model.tied_embeddings else 2)
     in_layers = model.parameters - embeddings - model.other_parameters - norms
-    attention = sum(
-        4 * context * layer.attention.heads * layer.attention.head_dim for layer in model.layers
-    )  # fmt: skip
+    attention = sum(4 * context * layer.attention.heads * layer.attention.head_dim for layer in model.layers)
     expected = 2 * (in_layers + model.vocab * model.hidden) + attention
     assert flops(one_step(model, ONE, 1)) == pytest.approx(expected, rel=1e-12)
     assert flops(one_step(model, ONE, 7)) == pytest.approx(7 * expected, rel=1e-12)
@@ -177,9 +175,7 @@ ROUTING = [(256, 8, 8), (256, 8, 32), (128, 8, 8), (8, 2, 4), (32, 4, 2)]
 @pytest.mark.parametrize("tokens", [1, 4, 32, 200])
 def test_active_experts_are_those_of_monte_carlo(experts, top_k, ranks, tokens):
     rows = picks(np.random.default_rng(1), tokens, experts, top_k, ranks)
-    expected = ops.expected_active_experts(
-        experts / ranks, number(tokens * top_k), experts, top_k, number(tokens)
-    )  # fmt: skip
+    expected = ops.expected_active_experts(experts / ranks, number(tokens * top_k), experts, top_k, number(tokens))
     assert float(expected) == pytest.approx((rows > 0).sum(axis=2).mean(), rel=0.05)
 
 

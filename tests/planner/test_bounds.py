@@ -130,9 +130,7 @@ def test_no_simulation_beats_the_bounds(
     times = latencies(arrival, log.first_token_s, finish, outputs)
     wanted = [Limit(metric, statistic, 1e6) for metric, statistic in kinds]
     reached = attainment(*times, wanted).values_s
-    limits = [
-        replace(limit, seconds=value) for limit, value in zip(wanted, reached, strict=True) if np.isfinite(value)
-    ]
+    limits = [replace(limit, seconds=value) for limit, value in zip(wanted, reached, strict=True) if np.isfinite(value)]
     floors = Screen(everything, limits).latency_s(model, mapping.attention_dp, np.array([config.token_budget]))
     for limit in limits:
         assert floors[limit][0] <= limit.seconds * (1 + 1e-9), limit
@@ -162,11 +160,7 @@ def test_coefficients_are_below_every_step(cut: int) -> None:
             tokens = [n + sum(new for new, _ in chunks) for n, _, chunks in batches]
             if not sum(tokens):
                 continue
-            takes_s = (
-                model.lockstep_s(batches)
-                if groups > 1
-                else model.stages_s(*batches[0])[stage]
-            )
+            takes_s = model.lockstep_s(batches) if groups > 1 else model.stages_s(*batches[0])[stage]
             mean = sum(tokens) / groups
             low = int(mean)
             part = bound.hull[low] + (mean - low) * (bound.hull[low + 1] - bound.hull[low])

@@ -100,10 +100,13 @@ def test_power_of_two_avoids_the_fullest() -> None:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_faster_replicas_get_their_share(router: str) -> None:
-    """A share of 3 in 4, whatever a router looks at, in busy traffic."""
+def test_larger_shares_get_more(router: str) -> None:
+    """Three in four where loads are not looked at; more than half where they are, since the replicas are equally fast."""
     given = shares_of(router, [3.0, 1.0], chat(3, count=1500, gap_s=0.006))
-    assert given[0] == pytest.approx(0.75, abs=0.08 if router == "power-of-two" else 0.06)
+    if ROUTERS[router].assign is not None:
+        assert given[0] == pytest.approx(0.75, abs=0.03)
+    else:
+        assert 0.55 < given[0] < 0.8
 
 
 @pytest.mark.parametrize("concurrency", [None, 5])

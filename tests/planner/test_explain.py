@@ -1,0 +1,81 @@
+"""explain: the operators of a step add up to what the simulations' table says, and every one waits for something."""
+
+import pytest
+
+from planner.catalogue import open_catalogue
+from planner.errors import PlanError
+from planner.explain import explain
+from planner.plan import Pool
+
+POOLS = {
+    "one device": ("llama-3.1-8b", 1, Pool(1)),
+    "tensor-parallel": ("llama-3.1-70b", 8, Pool(1, tp=8)),
+    "pipeline, uneven": ("llama-3.1-8b", 3, Pool(1, pp=3)),
+    "weight-only": ("llama-3.1-8b", 1, Pool(1, weights="int4")),
+    "experts": ("mixtral-8x7b", 4, Pool(1, tp=4, ep=4)),
+    "sliding window": ("gpt-oss-20b", 2, Pool(1, tp=2, expert_tp=2)),
+    "attention-DP over nodes": (
+        "deepseek-v3",
+        16,
+        Pool(1, attention_dp=16, ep=16, weights="fp8", activations="fp8", max_seqs=64),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=POOLS)
+def found(request):
+    model, gpus, pool = POOLS[request.param]
+    catalogue = open_catalogue(model, "h100-sxm", gpus, "vllm")
+    return catalogue, pool, explain(catalogue, pool, batch=48, context=1000, prefill=700)
+
+
+def test_rows_add_up_to_the_step_model(found):
+    for step in found[2].steps:
+        assert step.time_s == pytest.approx(step.step_model_s, rel=0.03)
+        assert sum(step.bounds.values()) == pytest.approx(step.time_s)
+        assert step.binding in step.bounds
+
+
+def test_memory_adds_up_to_the_device(found):
+    catalogue, pool, explanation = found
+    memory = explanation.memory
+    parts = memory.weights_bytes + memory.activations_bytes + memory.engine_bytes + memory.kv_bytes
+    assert parts == pytest.approx(memory.device_bytes)
+    assert memory.kv_tokens == catalogue.memory(pool).kv_blocks * pool.block_tokens
+
+
+def test_collectives_name_algorithm_and_link(found):
+    catalogue, pool, explanation = found
+    collectives = [row for step in explanation.steps for row in step.rows if row.link]
+    assert bool(collectives) == (pool.gpus > 1)
+    links = {fabric.name for fabric in (catalogue.cluster.intra, catalogue.cluster.inter) if fabric is not None}
+    for row in collectives:
+        assert row.algorithm
+        assert any(row.link.startswith(name) for name in links) or "PCIe" in row.link
+        assert row.flops == 0
+
+
+def test_no_device_is_used_beyond_its_peaks(found):
+    for step in found[2].steps:
+        assert 0 < step.mfu <= 1
+        assert 0 < step.mbu <= 1
+
+
+def test_decode_waits_for_memory_and_prefill_for_arithmetic():
+    catalogue = open_catalogue("llama-3.1-8b", "h100-sxm", 1, "vllm")
+    decode, prefill = explain(catalogue, Pool(1), batch=16, context=512).steps
+    assert (decode.binding, prefill.binding) == ("memory", "compute")
+    tiny = explain(open_catalogue("tiny-llama-256m", "h100-sxm", 1, "vllm"), Pool(1, max_context_tokens=2048), batch=1)
+    norms = [row for row in tiny.steps[0].rows if row.kind == "elementwise"]
+    assert {row.bound for row in norms} == {"launch"}
+
+
+def test_what_the_plan_cannot_run_is_refused():
+    catalogue = open_catalogue("llama-3.1-8b", "h100-sxm", 1, "vllm")
+    pool = Pool(1, max_seqs=8, token_budget=512)
+    for asked, value in (({"batch": 9}, "9"), ({"prefill": 513}, "513"), ({"context": 10**9}, "1000000000")):
+        with pytest.raises(PlanError, match=value):
+            explain(catalogue, pool, **asked)
+    decode, prefill = explain(catalogue, pool).steps
+    assert (decode.tokens, prefill.tokens) == (8, 512)
+    assert len(explain(catalogue, pool, prefill=0).steps) == 1
