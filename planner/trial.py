@@ -26,8 +26,9 @@ class Extremes:
 
     @classmethod
     def of(cls, log: Log) -> Extremes:
-        """Of a run."""
-        return cls(frozenset(log.limited), log.peak_seqs, log.peak_blocks)
+        """Of a run; a request that was rejected might have run with more KV blocks or a larger token budget."""
+        limited = log.limited | {"kv", "tokens"} if log.rejected else log.limited
+        return cls(frozenset(limited), log.peak_seqs, log.peak_blocks)
 
     def same_run(self, old: Pool, old_blocks: int, new: Pool, new_blocks: int) -> bool:
         """Whether a run of `old` with these extremes is, event for event, a run of `new`, cut and scheduled alike."""

@@ -77,12 +77,11 @@ class LockstepReplica:
         log.replica[request] = self.index
         lane = self._unfinished.index(min(self._unfinished))
         scheduler = self.schedulers[lane]
-        if not scheduler.accepts(request):
+        may_join = not scheduler.waiting
+        if not scheduler.offer(request):
             log.rejected.append(request)
             return
         log.lane[request] = lane
-        may_join = not scheduler.waiting
-        scheduler.enqueue(request)
         self._unfinished[lane] += 1
         if may_join:
             self._changed.add(lane)
@@ -155,7 +154,7 @@ class LockstepReplica:
         self._sampled[lane] = running + len(chunks)
         if chunks:
             log.scheduled(scheduler, self.now)
-            self._base[lane], self._tokens[lane] = model.stages[0].group((running, context, [c[1:] for c in chunks]))
+            self._base[lane], self._tokens[lane] = model.stages[0].group((running, context, scheduler.items))
             self._ends[lane] = taken + 1
             return
         first, rise, limit = model.group_run(running, context)
@@ -178,9 +177,10 @@ class LockstepReplica:
             if run_ends != taken:
                 continue
             scheduler = self.schedulers[lane]
-            if scheduler.chunks:
-                log.prefilled(scheduler, end)
+            prefills = bool(scheduler.chunks)
             finished = scheduler.advance(taken - self._begun[lane])
+            if prefills:
+                log.prefilled(scheduler, end)
             self._begun[lane] = taken
             self._changed.add(lane)
             for request in finished:

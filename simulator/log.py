@@ -72,17 +72,13 @@ class Log:
                 first_schedule_s[request] = at_s
 
     def prefilled(self, scheduler: Scheduler, at_s: float) -> None:
-        """Note the token that follows every prompt the formed step completes."""
-        first_token_s, prompts, generated = self.first_token_s, scheduler.prompts, scheduler.generated
-        for request, new, before in scheduler.chunks:
-            if not generated:
-                if before + new == prompts[request]:
-                    first_token_s[request] = at_s
-            elif before + new == prompts[request] + generated.get(request, 0):
-                if request in generated:
-                    self._resumed_s[request] = at_s
-                else:
-                    first_token_s[request] = at_s
+        """Note the token that follows every prompt completed by the step just taken."""
+        first_token_s = self.first_token_s
+        for request in scheduler.prefilled:
+            if first_token_s[request] != first_token_s[request]:
+                first_token_s[request] = at_s
+            else:
+                self._resumed_s[request] = at_s
 
     def preempted(self, scheduler: Scheduler, replica: int, lane: int) -> None:
         """Keep what the requests preempted by the formed step had emitted since they last joined."""

@@ -70,16 +70,16 @@ class PipelineReplica:
         ]
         lane = unfinished.index(min(unfinished))
         scheduler = self.schedulers[lane]
-        if not scheduler.accepts(request):
+        idle, may_join = not scheduler.has_work, not scheduler.waiting
+        if not scheduler.offer(request):
             log.rejected.append(request)
             return
         log.lane[request] = lane
-        if self._left[lane] and not scheduler.waiting:
+        if self._left[lane] and may_join:
             scheduler.advance(self._done[lane])
             self._left[lane] = 0
-        if not scheduler.has_work:
+        if idle:
             self._ready[lane] = max(self._ready[lane], at_s)
-        scheduler.enqueue(request)
         self.plan(inf)
 
     def plan(self, horizon_s: float) -> float:
@@ -109,7 +109,7 @@ class PipelineReplica:
         log.scheduled(scheduler, now)
         running = scheduler.running if scheduler.decode_runs else 0
         context = scheduler.context if running else 0
-        items = [chunk[1:] for chunk in scheduler.chunks]
+        items = scheduler.items
         transfer = model.transfer[running + sum(new for new, _ in items)]
         at = now - transfer
         for stage, busy in enumerate(model.stages_s(running, context, items)):
@@ -117,7 +117,6 @@ class PipelineReplica:
             free_at[stage] = at
         if log.segments is not None:
             log.record(self.index, lane, now, at, 1, 0.0, running, context, scheduler)
-        log.prefilled(scheduler, at)
         self._ready[lane] = at
         if not items and scheduler.settled and log.segments is None:
             self._runs[lane], limit = model.stages_run(running, context)
@@ -128,7 +127,11 @@ class PipelineReplica:
                 self._left[lane] = steps - 1
                 self._leaving[lane] = 0
                 return ()
-        return self._finish(lane, 1, at)
+        prefills = bool(items)
+        finished = self._finish(lane, 1, at)
+        if prefills:
+            log.prefilled(scheduler, at)
+        return finished
 
     def _run_on(self, lane: int, start_s: float) -> Sequence[int]:
         """Start steps of runs until one ends, a batch has to be formed, or a request may arrive."""

@@ -48,9 +48,7 @@ class Replica:
     """
 
     __slots__ = (
-        "_context",
         "_first",
-        "_running",
         "_slope",
         "_start",
         "_steps",
@@ -75,8 +73,6 @@ class Replica:
         self._start = 0.0
         self._first = 0.0
         self._slope = 0.0
-        self._running = 0
-        self._context = 0
 
     @property
     def outstanding_tokens(self) -> int:
@@ -87,11 +83,10 @@ class Replica:
         """A request arrives: an idle replica can start on it, a jump ends at the next step boundary."""
         log, scheduler = self.log, self.scheduler
         log.replica[request] = self.index
-        if not scheduler.accepts(request):
+        may_join = not scheduler.waiting
+        if not scheduler.offer(request):
             log.rejected.append(request)
             return
-        may_join = not scheduler.waiting
-        scheduler.enqueue(request)
         if self.end == inf:
             self.now = max(self.now, at_s)
         elif may_join and self._steps > 1 and at_s <= self.end - self._first - self._slope * (self._steps - 1):
@@ -111,16 +106,15 @@ class Replica:
             self.log.preempted(scheduler, self.index, 0)
         start = self._start = self.now
         if scheduler.decode_runs:
-            running = self._running = scheduler.running
-            context = self._context = scheduler.context_offset + running * (scheduler.steps + 1)
+            running = scheduler.running
+            context = scheduler.context_offset + running * (scheduler.steps + 1)
         else:
-            running = context = self._running = self._context = 0
-        chunks = scheduler.chunks
-        if chunks:
+            running = context = 0
+        if scheduler.chunks:
             self.log.scheduled(scheduler, start)
             self._steps = 1
             self._slope = 0.0
-            duration = self.model.step_s(running, context, [chunk[1:] for chunk in chunks])
+            duration = self.model.step_s(running, context, scheduler.items)
         else:
             first, slope, limit = self.model.decode_run(running, context)
             steps = scheduler.settled_steps() if scheduler.settled else 1
@@ -141,12 +135,14 @@ class Replica:
         end = self.now = self.end
         log.events += 1
         if log.segments is not None:
-            log.record(
-                self.index, 0, self._start, end, self._steps, self._slope, self._running, self._context, scheduler
-            )
+            running = scheduler.running if scheduler.decode_runs else 0
+            context = scheduler.context if running else 0
+            log.record(self.index, 0, self._start, end, self._steps, self._slope, running, context, scheduler)
         if scheduler.chunks:
+            finished = scheduler.advance(1)
             log.prefilled(scheduler, end)
-        finished = scheduler.advance(self._steps)
+        else:
+            finished = scheduler.advance(self._steps)
         finish_s = log.finish_s
         for request in finished:
             finish_s[request] = end

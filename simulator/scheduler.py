@@ -80,12 +80,15 @@ class Scheduler:
         "decode_runs",
         "free",
         "generated",
+        "items",
         "kv_blocks",
         "least_free",
         "limited",
+        "longest_tokens",
         "outputs",
         "peak_seqs",
         "preempted",
+        "prefilled",
         "prompts",
         "running",
         "settled",
@@ -108,6 +111,8 @@ class Scheduler:
         self.running = 0  # sequences in a decode step, padding rows included
         self.context_offset = 0  # sum over them of cached - steps
         self.chunks: list[Chunk] = []
+        self.items: list[tuple[int, int]] = []  # the same without the requests
+        self.prefilled: list[int] = []  # by the last call of advance(): requests whose prompt was completed
         self.decode_runs = False
         self.settled = True  # whether the next step can differ only through an arrival, a completion or a KV shortage
         self.generated: dict[int, int] = {}  # tokens emitted before the last preemption
@@ -124,23 +129,22 @@ class Scheduler:
         self._partial = -1
         self._partial_done = 0
         self._padded = config.policy == "static"
+        # The last token of an output is never cached; whole prompts, and what a preemption makes of them, fill one step.
+        self.longest_tokens = min(config.max_context_tokens, kv_blocks * config.block_tokens + 1)
+        if config.policy != "chunked":
+            self.longest_tokens = min(self.longest_tokens, config.token_budget + 1)
+        if self._padded and config.max_context_tokens > kv_blocks * config.block_tokens:
+            self.longest_tokens = 0
 
-    def accepts(self, request: int) -> bool:
-        """Whether the request could ever run here."""
-        config = self.config
-        prompt, output = self.prompts[request], self.outputs[request]
-        longest = prompt + output - 1
-        if prompt + output > config.max_context_tokens or -(-longest // self._block) > self.kv_blocks:
+    def offer(self, request: int) -> bool:
+        """Put a request at the end of the queue; False if it could never run here."""
+        prompt = self.prompts[request]
+        if prompt + self.outputs[request] > self.longest_tokens:
             return False
-        if config.policy != "chunked" and longest > config.token_budget:
-            return False
-        return not (self._padded and -(-config.max_context_tokens // self._block) > self.kv_blocks)
-
-    def enqueue(self, request: int) -> None:
-        """Put an accepted request at the end of the queue."""
         self.waiting.append(request)
-        self.waiting_tokens += self.prompts[request]
+        self.waiting_tokens += prompt
         self.unfinished += 1
+        return True
 
     @property
     def outstanding_tokens(self) -> int:
@@ -162,9 +166,11 @@ class Scheduler:
         """Decide the next step: sets `chunks` and `decode_runs`; False if there is nothing to run."""
         if self.preempted:
             self.preempted = []
-        self.chunks = []
         self.settled = True
-        self._admit(self)
+        if self.waiting or self._partial >= 0 or self._padded:
+            self._admit(self)
+        else:
+            self._grow_decodes()
         return self.decode_runs or bool(self.chunks)
 
     def settled_steps(self) -> int:
@@ -202,16 +208,20 @@ class Scheduler:
 
     def advance(self, steps: int) -> list[int]:
         """Take `steps` steps of the formed kind (1 if it has chunks); the requests that finished, in any order."""
-        finished: list[int] = []
-        block, finish_at, chunks = self._block, self._finish_at, self.chunks
+        chunks = self.chunks
+        if steps > 1:
+            self.free -= self.blocks_grown(steps - 1)
+        if self.free < self.least_free:
+            self.least_free = self.free
         if chunks and self.running + len(chunks) > self.peak_seqs:
             self.peak_seqs = self.running + len(chunks)
         if self.decode_runs:
-            if steps > 1:
-                self.free -= self.blocks_grown(steps - 1)
-            if self.free < self.least_free:
-                self.least_free = self.free
             self.steps += steps
+            if not chunks and self._heap[0] >> REQUEST_BITS > self.steps:
+                return []
+        finished: list[int] = []
+        block, finish_at = self._block, self._finish_at
+        if self.decode_runs:
             heap = self._heap
             due = (self.steps + 1) << REQUEST_BITS
             while heap and heap[0] < due:
@@ -227,6 +237,7 @@ class Scheduler:
                         self._needs[(at - cached) % block] -= 1
                         self.free += -(-cached // block)
         if chunks:
+            self.prefilled = []
             now = self.steps
             prompts, outputs, generated = self.prompts, self.outputs, self.generated
             for request, new, before in chunks:
@@ -241,6 +252,7 @@ class Scheduler:
                     continue
                 if before:
                     self._partial = -1
+                self.prefilled.append(request)
                 if left:
                     finish_at[request] = now + left
                     heappush(self._heap, now + left << REQUEST_BITS | request)
@@ -255,6 +267,7 @@ class Scheduler:
                     else:
                         self.free += -(-target // block)
             self.chunks = []
+            self.items = []
         if finished:
             self.unfinished -= len(finished)
             if self._padded and not finish_at:
@@ -336,6 +349,7 @@ def _chunked(s: Scheduler) -> None:
         target = s.prompts[partial] + s.generated.get(partial, 0)
         new = min(target - done, left)
         s.chunks.append((partial, new, done))
+        s.items.append((new, done))
         left -= new
         if done + new < target:
             return
@@ -357,6 +371,7 @@ def _chunked(s: Scheduler) -> None:
         request = s._admit_head(blocks)
         new = min(target, left)
         s.chunks.append((request, new, 0))
+        s.items.append((new, 0))
         left -= new
         room -= 1
 
@@ -371,6 +386,7 @@ def _whole_prompts(s: Scheduler, left: int, blocks_each: int | None = None) -> N
             s.limited.add("seqs" if room <= 0 else "tokens" if target > left else "kv")
             return
         s.chunks.append((s._admit_head(blocks), target, 0))
+        s.items.append((target, 0))
         left -= target
         room -= 1
 

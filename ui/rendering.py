@@ -43,13 +43,15 @@ def show_table(
     out: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1
 ) -> None:
     """A titled table whose first `words` columns hold words, the others numbers."""
-    made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for position, name in enumerate(columns):
         made.add_column(Text(name), justify="left" if position < words else "right", overflow="fold")
     for row in rows:
         made.add_row(*(Text(printable(cell)) for cell in row))
+    out.print()
     say(out, title, "bold")
     out.print(made)
+    out.print()
 
 
 def say(out: Console, text: str, style: str = "") -> None:
@@ -89,36 +91,37 @@ def show_plan(out: Console, result: SearchResult, traffic: str, metrics: Metrics
 
 
 def _show_ranking(out: Console, result: SearchResult) -> None:
-    """One row per plan; ties with the best are marked '='."""
-    capacities = any(ranked.capacity_per_s is not None for ranked in result.ranked)
-    limits = result.question.limits
-    columns = ["", "plan", "scheduling", "formats", "idle", "per GPU" if capacities else "value"]
-    columns += ["capacity/s"] if capacities else []
-    columns += [f"{limit.metric} {limit.statistic}" for limit in limits]
-    rows = []
-    for position, ranked in enumerate(result.ranked, 1):
-        plan = ranked.plan
-        row = [
-            "=" if ranked.tie else str(position),
-            in_short(plan),
-            scheduling(plan),
-            " + ".join(dict.fromkeys(kept(p) for p in plan.pools)),
-            str(plan.gpus - plan.gpus_used),
-            number(ranked.value),
-        ]
-        row += [number(ranked.capacity_per_s)] if capacities else []
-        rows.append(row + [seconds(value) for value in ranked.trial.values_s])
-    tied = "; '=' cannot be told from the best" if any(r.tie for r in result.ranked) else ""
-    show_table(
-        out, f"Plans by {result.question.objective} (scheduling: sequences/tokens a step{tied})", columns, rows, words=4
-    )
+    """One row per plan, ties with the best marked '='; columns that would say the same everywhere are left out."""
+    ranking, limits = result.ranked, result.question.limits
+    formats = [" + ".join(dict.fromkeys(kept(pool) for pool in ranked.plan.pools)) for ranked in ranking]
+    idle = [ranked.plan.gpus - ranked.plan.gpus_used for ranked in ranking]
+    columns = {
+        "": ["=" if ranked.tie else str(position) for position, ranked in enumerate(ranking, 1)],
+        "plan": [in_short(ranked.plan) for ranked in ranking],
+        "scheduling": [scheduling(ranked.plan) for ranked in ranking],
+    }
+    if len(set(formats)) > 1:
+        columns["formats"] = formats
+    words = len(columns)
+    if any(idle):
+        columns["idle"] = [str(gpus) for gpus in idle]
+    if any(ranked.capacity_per_s is not None for ranked in ranking):
+        columns["per GPU"] = [number(ranked.value) for ranked in ranking]
+        columns["requests/s"] = [number(ranked.capacity_per_s) for ranked in ranking]
+    else:
+        columns["value"] = [number(ranked.value) for ranked in ranking]
+    for position, limit in enumerate(limits):
+        columns[f"{limit.metric} {limit.statistic}"] = [seconds(ranked.trial.values_s[position]) for ranked in ranking]
+    tied = "; '=' cannot be told from the best" if any(ranked.tie for ranked in ranking) else ""
+    title = f"Plans by {result.question.objective} (scheduling: sequences/tokens a step{tied})"
+    show_table(out, title, list(columns), zip(*columns.values(), strict=True), words=words)
 
 
 def _worth(result: SearchResult) -> str:
     best = result.best
     text = f"{number(best.value)} {result.unit}"
     if best.capacity_per_s is not None:
-        text += f"; keeps its limits up to {number(best.capacity_per_s)} requests/s"
+        text += f", {number(best.capacity_per_s)} requests/s in all"
     ties = sum(ranked.tie for ranked in result.ranked)
     if ties:
         others = "other plan is" if ties == 1 else "other plans are"

@@ -31,7 +31,7 @@ def communications(found) -> list[Communication]:
 
 
 def one_step(model, mapping, tokens, precision=BF16):
-    """Everything a rank does for `tokens` decoding sequences of 100 attended tokens each, the attention core included."""
+    """Everything a rank does for `tokens` decoding sequences of 100 attended tokens each."""
     n = number(tokens)
     return [
         *linear_operators(model, model.layers, n, mapping, precision, first=True),

@@ -189,7 +189,7 @@ def test_more_work_takes_no_less_time(cases, name, batch, more):
 
 
 def test_decode_is_as_fast_as_memory_allows(llama):
-    """One sequence of Llama-3.1-8B reads 15 GB of weights per token: between 60 and 95 % of bandwidth, host work apart."""
+    """One sequence of Llama-3.1-8B reads 15 GB a token, at 60 to 95 % of bandwidth when host work is left out."""
     time = llama.steps.step_s(1, 100, ()) - llama.steps.overhead_s(1)
     read = 2 * (8_030_261_248 - 128256 * 4096)
     assert 0.6 <= read / time / llama.cost.device.memory_bytes_per_s <= 0.95

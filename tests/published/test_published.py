@@ -88,7 +88,7 @@ def decode_line(sizes: list[int]) -> tuple[float, float]:
 def yi_34b() -> StepModel:
     """Tokens x time as published; what grows faster than linearly is attention, a constant time per query-key pair.
 
-    That constant is what two prompts of 8192 tokens save over one of 16384; the decode line gives steps below 512 tokens.
+    That constant is what two prompts of 8192 tokens save over one of 16384; below 512 tokens the decode line begins.
     """
     most = 16384
     per_pair_s = 1e-3 * (PREFILL_MS[16384] - 2 * PREFILL_MS[8192]) / (16384**2 / 2 - 8192**2)

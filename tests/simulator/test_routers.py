@@ -101,7 +101,7 @@ def test_power_of_two_avoids_the_fullest() -> None:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_larger_shares_get_more(router: str) -> None:
-    """Three in four where loads are not looked at; more than half where they are, since the replicas are equally fast."""
+    """Three in four where loads are not looked at; less where they are, since the replicas are equally fast."""
     given = shares_of(router, [3.0, 1.0], chat(3, count=1500, gap_s=0.006))
     if ROUTERS[router].assign is not None:
         assert given[0] == pytest.approx(0.75, abs=0.03)
@@ -124,7 +124,7 @@ def test_one_replica_leaves_nothing_to_choose(concurrency: int | None) -> None:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_twice_the_replicas_for_twice_the_traffic(router: str) -> None:
-    """Each of two replicas serves about half, and nobody waits longer than one replica's queue at the same rate each."""
+    """Each of two replicas serves about half, no slower than one that is alone with half the traffic."""
     alone = simulate(Deployment([spec()]), chat(5, 800, 0.04), record=False).requests
     pair = simulate(Deployment([spec(), spec()], ROUTERS[router]), chat(5, 800, 0.02), record=False).requests
     assert np.mean(pair.replica) == pytest.approx(0.5, abs=0.08)

@@ -6,6 +6,8 @@ service time is the time of that chunk. Waiting time is queue_s, arrival to firs
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -42,7 +44,7 @@ def server(*, max_seqs: int = 1, fixed_s: float = 0.0) -> ReplicaSpec:
 
 def poisson(rng: np.random.Generator, rate_per_s: float, prompts: np.ndarray) -> Requests:
     arrival_s = np.cumsum(rng.exponential(1 / rate_per_s, len(prompts)))
-    return Requests(arrival_s, prompts, np.ones(len(prompts)))
+    return Requests(arrival_s, prompts, np.ones(len(prompts), dtype=int))
 
 
 def serve(spec: ReplicaSpec, requests: Requests | Workload) -> pd.DataFrame:
@@ -123,7 +125,7 @@ def test_utilisation(load: float) -> None:
 def test_closed_loop_throughput(clients: int, think_s: float) -> None:
     """N clients that wait for an answer and think: throughput is N / (response + think), and at most 1 / service."""
     count = 4000
-    requests = Requests(np.zeros(count), np.full(count, 3), np.ones(count))
+    requests = Requests(np.zeros(count), np.full(count, 3), np.ones(count, dtype=int))
     served = serve(server(), Workload(requests, concurrency=clients, think_s=think_s))
     per_s = (count - 1) / (served.finish_s.max() - served.finish_s.min())
     settled = served.iloc[count // 4 : -clients]
@@ -135,7 +137,7 @@ def test_closed_loop_throughput(clients: int, think_s: float) -> None:
 def test_batched_decode_throughput() -> None:
     """N endless decodes on steps of a + b N: the k-th token of all is out after k steps."""
     clients, fixed_s, outputs = 8, 0.05, 400
-    requests = Requests(np.zeros(clients), np.ones(clients), np.full(clients, outputs))
+    requests = Requests(np.zeros(clients), np.ones(clients, dtype=int), np.full(clients, outputs))
     served = serve(server(max_seqs=clients, fixed_s=fixed_s), requests)
     assert served.finish_s.max() == pytest.approx(outputs * (fixed_s + clients * SERVICE_S), rel=1e-9)
 
@@ -149,7 +151,7 @@ def test_random_split_is_four_queues() -> None:
 
 
 def test_round_robin_of_equal_requests_is_one_queue() -> None:
-    """Equal services end in the order they began, so the n-th request gets the server of request n - 4 (M/D/4); exact."""
+    """Equal services end in the order they began: the n-th request gets the server of request n - 4 (M/D/4); exact."""
     servers = 4
     requests = poisson(np.random.default_rng(9), 3.2 / SERVICE_S, np.ones(5000, dtype=int))
     served = simulate(Deployment([server()] * servers), requests, record=False).requests
@@ -168,4 +170,4 @@ def test_the_more_a_router_knows_the_less_requests_wait() -> None:
         simulate(Deployment([server()] * 4, ROUTERS[name]), requests, record=False).requests.queue_s.mean()
         for name in ("random", "round-robin", "power-of-two", "least-tokens")
     ]
-    assert all(worse > 1.1 * better for worse, better in zip(mean_s, mean_s[1:], strict=False)), mean_s
+    assert all(worse > 1.1 * better for worse, better in pairwise(mean_s)), mean_s
