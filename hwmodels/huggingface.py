@@ -90,6 +90,7 @@ class ModelProfile:
 
     published_parameters   number of parameters its maker published, in published_in
     published_exact        whether that is the exact count rather than a rounded one
+    repository             where its weights are on Hugging Face; None where there are none
     config                 keys of the model's config.json
     """
 
@@ -99,6 +100,7 @@ class ModelProfile:
     published_in: str
     published_exact: bool
     config: dict[str, Any]
+    repository: str | None = None
 
 
 def model_names() -> list[str]:

@@ -40,10 +40,9 @@ def nothing_fits(question: Question, catalogue: Catalogue, longest_tokens: int) 
     device = catalogue.cluster.device
     missing = shortest(question, catalogue, longest_tokens)
     what = f"{question.model} on {question.gpus} x {device.name}"
-    for precision in question.choices.precisions:
-        problem = format_problem(catalogue.cluster, precision)
-        if problem is not None:
-            return NoFeasiblePlanError(f"{what}: {problem}")
+    problems = [format_problem(catalogue.cluster, precision) for precision in question.choices.precisions]
+    if all(problems):
+        return NoFeasiblePlanError(f"{what}: {problems[0]}")
     if missing == inf:
         return NoFeasiblePlanError(
             f"{what}: no legal degrees; expected a device count that divides the heads or layers"

@@ -44,7 +44,7 @@ class Question:
     choices: Choices = field(default_factory=Choices)
     router: Literal["round-robin", "random", "least-tokens", "power-of-two"] = "round-robin"
     seed: int = 0
-    seconds: float = 12.0
+    seconds: float = 10.0
     tolerance: float = 0.02
     keep: int = 10
 
