@@ -259,6 +259,8 @@ class Screen:
             first += replica.sample
             if limit.metric == "ttft":
                 found[limit] = first
+            elif limit.metric == "e2e" and limit.quantile is None:
+                found[limit] = first + decodes * replica.token  # both convex, so at most their mean over the requests
             elif limit.metric == "e2e":
                 found[limit] = np.maximum(first, decodes * replica.token)
             else:

@@ -60,6 +60,13 @@ class Question:
             raise PlanError(f"seconds {self.seconds}: expected a finite time above 0")
         if not 0 < self.tolerance < 1:
             raise PlanError(f"tolerance {self.tolerance}: expected a fraction between 0 and 1")
+        if len(self.requests) > 1 and self.requests.span_s == 0:
+            raise PlanError(
+                f"all {len(self.requests)} requests arrive at once: expected gaps to stretch to a rate; "
+                "draw arrivals instead"
+            )
+        if len(self.requests) == 1 and self.rate_per_s is None and self.objective != "goodput-per-gpu":
+            raise PlanError("one request has no rate: expected rate_per_s (--rate), or more requests")
         if self.objective == "goodput-per-gpu" and not self.limits:
             raise PlanError(
                 "objective goodput-per-gpu: expected at least one limit (--ttft, --tpot or --e2e) to be good at"

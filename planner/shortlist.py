@@ -20,6 +20,10 @@ from planner.space import enumerate_pools, replicas_that_fit
 from simulator.metrics import Limit
 
 
+#: Stands for the objective latency among the limits; nobody is held to it.
+MEAN_E2E = Limit("e2e", "mean", 1e9)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
     """A plan and what no simulation of it can beat.
@@ -35,6 +39,14 @@ class Candidate:
     rate_bound_per_s: float
     kind: tuple[Mapping, Precision]
     kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Least:
+    """What no simulation of a replica can beat: busy seconds for all requests, mean end-to-end time."""
+
+    busy_s: float
+    mean_e2e_s: float
 
 
 @dataclass(slots=True)
@@ -80,7 +92,7 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
     groups: dict[tuple[Mapping, Precision], list[tuple[Pool, int]]] = defaultdict(list)
     for pool, kv_blocks in space.pools:
         groups[mapping_of(pool), precision_of(pool)].append((pool, kv_blocks))
-    screen = Screen(requests, question.limits)
+    screen = Screen(requests, (*question.limits, MEAN_E2E))
     result.floors = dict.fromkeys(question.limits, inf)
     for (mapping, precision), pools in groups.items():
         model = catalogue.step_model(mapping, precision)
@@ -89,14 +101,15 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
         kv_tokens = np.array([blocks * pool.block_tokens for pool, blocks in pools], dtype=float)
         busy_s = screen.work_s(model, mapping.attention_dp, seqs, budgets, kv_tokens)
         floors = screen.latency_s(model, mapping.attention_dp, budgets)
-        for limit, values in floors.items():
-            result.floors[limit] = min(result.floors[limit], float(values.min()))
+        for limit in question.limits:
+            result.floors[limit] = min(result.floors[limit], float(floors[limit].min()))
         for position, (pool, kv_blocks) in enumerate(pools):
             broken = next((limit for limit in question.limits if floors[limit][position] > limit.seconds), None)
             if broken is not None:
                 result.pruned[f"an empty machine keeps {broken}"] += 1
                 continue
-            _add_plans(result, question, catalogue, (mapping, precision), pool, kv_blocks, float(busy_s[position]))
+            least = Least(float(busy_s[position]), float(floors[MEAN_E2E][position]))
+            _add_plans(result, question, catalogue, (mapping, precision), pool, kv_blocks, least)
     if not result.candidates:
         raise _nothing_left(question, result)
     preferred = {"chunked": 0, "prefill-first": 1, "orca": 2, "static": 3}
@@ -118,10 +131,10 @@ def _add_plans(
     kind: tuple[Mapping, Precision],
     pool: Pool,
     kv_blocks: int,
-    busy_s: float,
+    least: Least,
 ) -> None:
     """The plans made of copies of one replica that can serve the demanded rate by their bound."""
-    rate_each = len(question.requests) / busy_s
+    rate_each = len(question.requests) / least.busy_s
     most = replicas_that_fit(pool.gpus_per_replica, catalogue.cluster)
     result.fastest_per_s = max(result.fastest_per_s, most * rate_each)
     needs_rate = question.objective != "goodput-per-gpu" or question.rate_per_s is not None
@@ -140,11 +153,11 @@ def _add_plans(
             question.engine,
             question.router,
         )
-        bound = _bound(question, catalogue, plan, count * rate_each, busy_s)
+        bound = _bound(question, catalogue, plan, count * rate_each, least)
         result.candidates.append(Candidate(plan, bound, count * rate_each, kind, kv_blocks))
 
 
-def _bound(question: Question, catalogue: Catalogue, plan: Plan, rate_bound_per_s: float, busy_s: float) -> float:
+def _bound(question: Question, catalogue: Catalogue, plan: Plan, rate_bound_per_s: float, least: Least) -> float:
     """The score that no simulation of the plan exceeds."""
     device, gpus = catalogue.cluster.device, plan.gpus_used
     if question.objective == "goodput-per-gpu":
@@ -152,22 +165,16 @@ def _bound(question: Question, catalogue: Catalogue, plan: Plan, rate_bound_per_
     if question.objective == "fewest-gpus":
         return -float(gpus)
     tokens = float(question.requests.output_tokens.sum())
-    span_s = (
-        float(question.requests.scaled_to_rate(question.demanded_per_s).arrival_s[-1])
-        if len(question.requests) > 1
-        else 0.0
-    )
-    span_s = max(span_s, len(question.requests) / rate_bound_per_s)
+    arriving_s = (len(question.requests) - 1) / question.demanded_per_s
+    span_s = max(arriving_s, len(question.requests) / rate_bound_per_s)
     if question.objective == "cost":
         return -(device.price_usd_per_h or 0.0) * gpus * span_s / 3600 / tokens * 1e6
-    pool = plan.pools[0]
     if question.objective == "energy":
-        # Idle power all the time, and what running at all adds for as long as the work takes at least.
+        # Idle power all the time, and what running at all adds on the ranks of one stage and one attention group, at
+        # least one of which is running for as long as the work takes.
         running_w = (device.tdp_w - device.idle_w) * RUNNING
-        return -(device.idle_w * gpus * span_s + running_w * busy_s * pool.gpus_per_replica) / tokens
-    model = catalogue.step_model(mapping_of(pool), precision_of(pool))
-    step_s = sum(tables.linear[1] + tables.decode.at(1, 1.0) + tables.head[1] for tables in model.stages)
-    return -float(question.requests.output_tokens.mean()) * step_s
+        return -(device.idle_w * gpus * span_s + running_w * least.busy_s * plan.pools[0].tp) / tokens
+    return -least.mean_e2e_s
 
 
 def _nothing_left(question: Question, result: Shortlist) -> NoFeasiblePlanError:

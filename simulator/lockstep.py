@@ -68,7 +68,7 @@ class LockstepReplica:
 
     @property
     def outstanding_tokens(self) -> int:
-        """The load a router sees; tokens cached since a group's batch last changed are not in it yet."""
+        """The load a router sees."""
         return sum(scheduler.outstanding_tokens for scheduler in self.schedulers)
 
     def enqueue(self, request: int, at_s: float) -> None:

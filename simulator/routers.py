@@ -20,7 +20,7 @@ class Loaded(Protocol):
 
     @property
     def outstanding_tokens(self) -> int:
-        """Tokens waiting for prefill and tokens cached."""
+        """Prompt tokens of its unfinished requests."""
         ...
 
 

@@ -86,6 +86,7 @@ class Scheduler:
         "limited",
         "longest_tokens",
         "outputs",
+        "outstanding_tokens",
         "peak_seqs",
         "preempted",
         "prefilled",
@@ -95,7 +96,6 @@ class Scheduler:
         "steps",
         "unfinished",
         "waiting",
-        "waiting_tokens",
     )
 
     def __init__(self, config: SchedulerConfig, kv_blocks: int, prompts: list[int], outputs: list[int]) -> None:
@@ -104,7 +104,7 @@ class Scheduler:
         self.prompts = prompts
         self.outputs = outputs
         self.waiting: deque[int] = deque()
-        self.waiting_tokens = 0
+        self.outstanding_tokens = 0  # prompt tokens of its unfinished requests: the load a router sees
         self.unfinished = 0
         self.free = kv_blocks
         self.steps = 0
@@ -142,15 +142,9 @@ class Scheduler:
         if prompt + self.outputs[request] > self.longest_tokens:
             return False
         self.waiting.append(request)
-        self.waiting_tokens += prompt
+        self.outstanding_tokens += prompt
         self.unfinished += 1
         return True
-
-    @property
-    def outstanding_tokens(self) -> int:
-        """Tokens of prompts that wait or are in the step, and tokens cached for decodes: the load a router sees."""
-        prefilling = sum(self.prompts[request] for request, _, _ in self.chunks) if self.chunks else 0
-        return self.waiting_tokens + prefilling + self.context_offset + self.running * self.steps
 
     @property
     def has_work(self) -> bool:
@@ -270,6 +264,8 @@ class Scheduler:
             self.items = []
         if finished:
             self.unfinished -= len(finished)
+            for request in finished:
+                self.outstanding_tokens -= self.prompts[request]
             if self._padded and not finish_at:
                 self.running = 0
                 self.context_offset = 0
@@ -285,7 +281,6 @@ class Scheduler:
     def _admit_head(self, blocks: int) -> int:
         """Move the head of the queue to the running sequences."""
         request = self.waiting.popleft()
-        self.waiting_tokens -= self.prompts[request]
         self.free -= blocks
         if not self._padded:
             self._order.append(request)
@@ -314,7 +309,6 @@ class Scheduler:
                 self.generated[request] = self.outputs[request] - left
                 break
         self.waiting.appendleft(request)
-        self.waiting_tokens += self.prompts[request]
         self.preempted.append(request)
 
     def _grow_decodes(self) -> bool:

@@ -151,7 +151,7 @@ def plan_command(
     max_seqs: Annotated[str | None, typer.Option(help="Sequences in a step.", metavar="LIST")] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(callback=_above_zero, help="Time after which no further plan is tried [default: 12]."),
+        typer.Option(callback=_above_zero, help="Time after which no further plan is tried [default: 10]."),
     ] = None,
     seed: Seed = 0,
     tolerance: Annotated[

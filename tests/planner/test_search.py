@@ -16,7 +16,6 @@ from planner.search import Search
 from planner.shortlist import shortlist
 from planner.space import Choices
 from planner.trial import attempt
-from simulator.errors import TraceError
 from simulator.metrics import Limit
 from simulator.workload import Requests, mix
 
@@ -236,6 +235,11 @@ def test_a_single_request(objective: str) -> None:
     result = answer(requests=one, objective=objective)
     assert result.best.trial.meets
     assert np.isfinite(result.best.value)
+    if objective == "goodput-per-gpu":
+        assert answer(requests=one, rate_per_s=None).best.trial.meets
+    else:
+        with pytest.raises(PlanError, match="one request has no rate"):
+            question(requests=one, rate_per_s=None, objective=objective)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -250,8 +254,8 @@ def test_one_token_answers(objective: str) -> None:
 def test_all_requests_at_once_cannot_be_stretched(objective: str) -> None:
     crowd = Requests(np.zeros(20), np.full(20, 300), np.full(20, 20))
     for rate in (None, 4.0):
-        with pytest.raises(TraceError, match="all 20 requests arrive at once"):
-            search(question(requests=crowd, rate_per_s=rate, objective=objective))
+        with pytest.raises(PlanError, match="all 20 requests arrive at once"):
+            question(requests=crowd, rate_per_s=rate, objective=objective)
 
 
 def test_classes_of_requests_are_held_to_the_same_limits() -> None:

@@ -114,7 +114,7 @@ def test_requests_and_blocks_are_conserved(
             assert scheduler.free == scheduler.kv_blocks
             assert 0 <= scheduler.least_free <= scheduler.kv_blocks
             assert scheduler.peak_seqs <= one.scheduler.max_seqs
-            assert (scheduler.running, scheduler.unfinished, scheduler.waiting_tokens) == (0, 0, 0)
+            assert (scheduler.running, scheduler.unfinished, len(scheduler.waiting)) == (0, 0, 0)
             assert scheduler.outstanding_tokens == 0
             assert not scheduler.waiting
 
