@@ -19,7 +19,6 @@ from planner.question import Question
 from planner.space import enumerate_pools, replicas_that_fit
 from simulator.metrics import Limit
 
-
 #: Stands for the objective latency among the limits; nobody is held to it.
 MEAN_E2E = Limit("e2e", "mean", 1e9)
 

@@ -95,6 +95,9 @@ class LockstepReplica:
         self._steps = steps_until(self._first, self._slope, at_s - self._start, self._steps)
         self.end = self._start + self._steps * (self._first + self._slope * (self._steps - 1) / 2)
 
+    def coast(self, until_s: float) -> None:
+        """Nothing: plan takes as many steps as pass unchanged."""
+
     def plan(self, horizon_s: float) -> float:
         """Decide the next step or steps, starting now; the time they end, inf if there is nothing to do."""
         for lane in sorted(self._changed):

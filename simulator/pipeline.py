@@ -82,6 +82,9 @@ class PipelineReplica:
             self._ready[lane] = max(self._ready[lane], at_s)
         self.plan(inf)
 
+    def coast(self, until_s: float) -> None:
+        """Nothing: commit runs on for as long as nothing changes."""
+
     def plan(self, horizon_s: float) -> float:
         """Choose the scheduler whose step starts next; the time it starts, inf if there is nothing to do."""
         # What may arrive unannounced forbids to look ahead.

@@ -93,6 +93,35 @@ class Replica:
             self._steps = steps_until(self._first, self._slope, at_s - self._start, self._steps)
             self.end = self._start + self._steps * (self._first + self._slope * (self._steps - 1) / 2)
 
+    def coast(self, until_s: float) -> None:
+        """Decode with unchanging batches until the first step boundary at or after `until_s`, or until plan is needed."""
+        scheduler, log, decode_run = self.scheduler, self.log, self.model.decode_run
+        now = self.now
+        while now < until_s:
+            steps = scheduler.form_quietly()
+            if not steps:
+                break
+            running = scheduler.running
+            context = scheduler.context_offset + running * (scheduler.steps + 1)
+            first, slope, limit = decode_run(running, context)
+            if limit < steps:
+                steps = int(limit)
+            end = now + steps * (first + slope * (steps - 1) / 2)
+            if end > until_s:
+                steps = steps_until(first, slope, until_s - now, steps)
+                end = now + steps * (first + slope * (steps - 1) / 2)
+            log.events += 1
+            if log.segments is not None:
+                log.record(self.index, 0, now, end, steps, slope, running, context, scheduler)
+            finished = scheduler.advance(steps)
+            now = end
+            if finished:
+                finish_s = log.finish_s
+                for request in finished:
+                    finish_s[request] = now
+        self.now = now
+        self._steps = 1
+
     def plan(self, horizon_s: float) -> float:
         """Decide the next step or steps, starting now; the time they end, inf if there is nothing to do.
 

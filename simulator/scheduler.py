@@ -189,6 +189,18 @@ class Scheduler:
             steps = min(steps, taken)
         return steps
 
+    def form_quietly(self) -> int:
+        """With nothing waiting or in prefill: form a decode step and say how many run before a completion or shortage.
+
+        0 where form() has to decide; else the same as form() and settled_steps() in one.
+        """
+        need = self._needs[self.steps % self._block]
+        if self.waiting or self._partial >= 0 or need > self.free or self._padded or not self.running:
+            return 0
+        self.free -= need
+        self.decode_runs = True
+        return self.settled_steps()
+
     def blocks_grown(self, steps: int) -> int:
         """KV blocks the decoding sequences take in the `steps` steps that follow the formed one."""
         if self._padded:

@@ -128,11 +128,16 @@ def _alone(
     look: Progress,
 ) -> Generator[simpy.Event, None, None]:
     """Serve requests whose arrivals are known and that nobody else affects; look at the clock every STRIDE events."""
-    enqueue, plan, commit = replica.enqueue, replica.plan, replica.commit
+    enqueue, coast, plan, commit = replica.enqueue, replica.coast, replica.plan, replica.commit
     position, count = 0, len(requests)
     upcoming = arrivals_s[0] if count else inf
     events = 0
     while True:
+        coast(upcoming)
+        while upcoming <= replica.now:
+            enqueue(requests[position], upcoming)
+            position += 1
+            upcoming = arrivals_s[position] if position < count else inf
         end = plan(upcoming)
         if end == inf and upcoming == inf:
             break

@@ -1,7 +1,8 @@
 """How fast the event engine is: `python tests/benchmarks/engine.py [--json] [--requests N] [--skip-million]`.
 
 Llama-3.1-70B on 4 H100 (TP 4, chunked prefill) under Poisson arrivals at 70 % of the rate it can serve; prompts and
-outputs lognormal with means of 1024 and 256 tokens. All times are CPU seconds of one process, medians of three.
+outputs lognormal with means of 1024 and 256 tokens. All times are CPU seconds of one process, medians of three rounds;
+ratios are medians of those within a round, so that a machine whose speed drifts changes them little.
 
 requests_per_cpu_s            simulate() with record=False, frame of requests included
 requests_per_cpu_s_recorded   the same with the step log
@@ -62,14 +63,11 @@ def saturation_per_s(target: Deployment) -> float:
     return len(crowd) / float(np.max(log.finish_s))
 
 
-def cpu_s(work: Callable[[], object], times: int = 3) -> float:
-    """Median CPU seconds of the call."""
-    taken = []
-    for _ in range(times):
-        start = time.process_time()
-        work()
-        taken.append(time.process_time() - start)
-    return statistics.median(taken)
+def cpu_s(work: Callable[[], object]) -> float:
+    """CPU seconds of the call."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def load_oracle() -> Any:
@@ -82,18 +80,19 @@ def load_oracle() -> Any:
     return module
 
 
-def oracle_cpu_s(target: Deployment, some: Requests) -> tuple[float, float]:
-    """CPU seconds of the oracle, and the largest relative difference of a finish time from the engine's."""
+def oracle_of(target: Deployment) -> Callable[[Requests], Any]:
+    """The step-by-step oracle of the deployment's replica."""
     oracle = load_oracle()
     spec = target.replicas[0]
     config = oracle.OracleConfig(
         POOL.policy, POOL.max_seqs, POOL.token_budget, POOL.block_tokens, POOL.max_context_tokens, spec.kv_blocks
     )
-    columns = [column.tolist() for column in (some.arrival_s, some.prompt_tokens, some.output_tokens)]
-    found: dict[str, Any] = {}
-    taken = cpu_s(lambda: found.update(oracle.run_oracle(config, spec.model.step_s, *columns)), times=1)
-    mine = np.array(run(target, some).finish_s)
-    return taken, float(np.max(np.abs(found["finish_s"] / mine - 1)))
+
+    def serve(some: Requests) -> Any:
+        columns = (column.tolist() for column in (some.arrival_s, some.prompt_tokens, some.output_tokens))
+        return oracle.run_oracle(config, spec.model.step_s, *columns)
+
+    return serve
 
 
 def lookup_us(target: Deployment) -> dict[str, float]:
@@ -125,10 +124,13 @@ def million(rate_per_s: float) -> dict[str, float]:
     """The long run against a short one; called in a process of its own."""
     target = deployment()
     few, many = requests(10_000, rate_per_s), requests(1_000_000, rate_per_s)
-    short = cpu_s(lambda: simulate(target, few, record=False), times=5) / len(few)
-    start = time.process_time()
-    simulate(target, many, record=False)
-    long = (time.process_time() - start) / len(many)
+
+    def shorts() -> list[float]:
+        return [cpu_s(lambda: simulate(target, few, record=False)) / len(few) for _ in range(10)]
+
+    before = shorts()
+    long = cpu_s(lambda: simulate(target, many, record=False)) / len(many)
+    short = statistics.median(before + shorts())
     peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return {
         "peak_mb": round(peak_kb * 1024 / 1e6, 1),
@@ -143,20 +145,28 @@ def measure(count: int, *, with_million: bool) -> dict[str, Any]:
     most_per_s = saturation_per_s(target)
     rate_per_s = LOAD * most_per_s
     some = requests(count, rate_per_s)
-    bare = cpu_s(lambda: simulate(target, some, record=False))
-    recorded = cpu_s(lambda: simulate(target, some, record=True))
     prefix = some.head(min(count, 4_000))
-    by_step, difference = oracle_cpu_s(target, prefix)
-    on_prefix = cpu_s(lambda: simulate(target, prefix, record=False))
+    serve = oracle_of(target)
+    rounds = [
+        (
+            cpu_s(lambda: serve(prefix)) / len(prefix),
+            cpu_s(lambda: simulate(target, some, record=False)) / count,
+            cpu_s(lambda: simulate(target, prefix, record=False)) / len(prefix),
+            cpu_s(lambda: simulate(target, some, record=True)) / count,
+        )
+        for _ in range(3)
+    ]
+    by_step, bare, _, recorded = (statistics.median(column) for column in zip(*rounds, strict=True))
+    difference = np.abs(serve(prefix)["finish_s"] / np.array(run(target, prefix).finish_s) - 1)
     log = run(target, some)
     result: dict[str, Any] = {
-        "requests_per_cpu_s": round(count / bare),
-        "requests_per_cpu_s_recorded": round(count / recorded),
-        "ratio_to_oracle": round((by_step / len(prefix)) / (bare / count), 2),
-        "ratio_on_prefix": round(by_step / on_prefix, 2),
+        "requests_per_cpu_s": round(1 / bare),
+        "requests_per_cpu_s_recorded": round(1 / recorded),
+        "ratio_to_oracle": round(statistics.median(oracle / engine for oracle, engine, _, _ in rounds), 2),
+        "ratio_on_prefix": round(statistics.median(oracle / engine for oracle, _, engine, _ in rounds), 2),
         "oracle_requests": len(prefix),
-        "oracle_requests_per_cpu_s": round(len(prefix) / by_step),
-        "oracle_difference": difference,
+        "oracle_requests_per_cpu_s": round(1 / by_step),
+        "oracle_difference": float(difference.max()),
         "requests": count,
         "events_per_request": round(log.events / count, 3),
         "step_lookup_us": lookup_us(target),

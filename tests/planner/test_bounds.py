@@ -19,7 +19,7 @@ from simulator.deployment import Deployment, ReplicaSpec
 from simulator.metrics import Limit, attainment
 from simulator.result import latencies
 from simulator.routers import ROUTERS
-from simulator.scheduler import SchedulerConfig
+from simulator.scheduler import Policy, SchedulerConfig
 from simulator.simulate import run
 from simulator.workload import Requests
 
@@ -71,7 +71,7 @@ def traffic(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @st.composite
 def plans(draw: st.DrawFn) -> tuple[int, SchedulerConfig, float, int]:
     """A cut, a scheduler, how short of KV blocks it is (0: just the longest request fits) and replicas."""
-    policy = draw(st.sampled_from(["chunked", "chunked", "prefill-first", "orca", "static"]))
+    policy: Policy = draw(st.sampled_from(["chunked", "chunked", "prefill-first", "orca", "static"]))
     budget = draw(st.sampled_from([64, 128, 500, MAX_TOKENS])) if policy == "chunked" else MAX_TOKENS
     block = draw(st.sampled_from([1, 16]))
     config = SchedulerConfig(policy, draw(st.sampled_from([1, 2, 7, 16, 64])), budget, block, 1100)

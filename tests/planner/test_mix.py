@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from planner.errors import NoFeasiblePlanError
 from planner.mix import Kind, best_mix
 
-GOALS = ("capacity", "gpus", "cost")
+Goal = Literal["capacity", "gpus", "cost"]
+GOALS: tuple[Goal, ...] = ("capacity", "gpus", "cost")
 
 
 @st.composite
@@ -34,12 +36,12 @@ def every_mix(kinds: list[Kind], gpus: int) -> list[tuple[int, ...]]:
 
 
 def total(kinds: list[Kind], counts: tuple[int, ...], what: str) -> float:
-    return sum(getattr(kind, what) * count for kind, count in zip(kinds, counts, strict=True))
+    return float(sum(getattr(kind, what) * count for kind, count in zip(kinds, counts, strict=True)))
 
 
 @settings(max_examples=120, deadline=None)
 @given(cases(), st.sampled_from(GOALS))
-def test_mix_against_brute_force(case: tuple[list[Kind], int, float], goal: str) -> None:
+def test_mix_against_brute_force(case: tuple[list[Kind], int, float], goal: Goal) -> None:
     kinds, gpus, rate = case
     possible = every_mix(kinds, gpus)
     serving = possible if goal == "capacity" else [n for n in possible if total(kinds, n, "capacity_per_s") >= rate]

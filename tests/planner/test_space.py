@@ -81,7 +81,7 @@ def test_mappings_against_brute_force() -> None:
         degrees = range(1, gpus + 1)
         expected = {
             mapping
-            for mapping in (Mapping(*cut) for cut in product(degrees, repeat=5))
+            for mapping in (Mapping(a, b, c, d, e) for a, b, c, d, e in product(degrees, repeat=5))
             if mapping.gpus <= gpus and law_broken(shape, mapping) is None
         }
         found = [mapping for mapping in mappings(shape, cluster) if law_broken(shape, mapping) is None]

@@ -19,6 +19,7 @@ from simulator.deployment import Deployment, ReplicaSpec
 from simulator.errors import TraceError
 from simulator.metrics import Limit
 from simulator.routers import ROUTERS
+from simulator.scheduler import Policy
 from simulator.simulate import run
 from simulator.workload import Requests
 
@@ -55,7 +56,7 @@ def pairs(draw: st.DrawFn) -> tuple[Mapping, Pool, int, Pool, int, Requests, str
     prompts = rng.integers(1, draw(st.sampled_from([4, 60, 400])) + 1, count)
     outputs = rng.integers(1, draw(st.sampled_from([1, 2, 25, 120])) + 1, count)
     requests = Requests(np.cumsum(rng.exponential(gap_s, count)) if gap_s else np.zeros(count), prompts, outputs)
-    policy = draw(st.sampled_from(["chunked", "prefill-first", "orca", "static"]))
+    policy: Policy = draw(st.sampled_from(["chunked", "prefill-first", "orca", "static"]))
     block = draw(st.sampled_from([1, 8]))
 
     def pool() -> Pool:
@@ -107,7 +108,7 @@ def test_a_run_said_to_be_the_same_is_the_same(
 
 def test_a_run_without_pressure_stands_for_roomier_plans_and_not_for_tighter_ones() -> None:
     pool = Pool(1, max_seqs=16, token_budget=600, max_context_tokens=600)
-    requests = Requests(np.arange(20) * 0.05, np.full(20, 100), np.full(20, 30))
+    requests = Requests(np.arange(20.0) / 20, np.full(20, 100), np.full(20, 30))
     log = run(deployment(Mapping(), pool, 500), requests)
     extremes = Extremes.of(log)
     assert not extremes.limited
@@ -131,9 +132,7 @@ def test_capacity_brackets_the_highest_rate_within_the_limits(
     """Equal requests at equal gaps: latency grows with the rate, so there is one highest rate."""
     limits = (Limit("ttft", statistic, 0.1), Limit("tpot", statistic, 0.004))
     target = deployment(Mapping(), POOL, 2000)
-    best, trials = capacity(
-        target, EVEN, limits, 0, at_most_per_s=2000.0, guess_per_s=guess_per_s, tolerance=tolerance
-    )
+    best, trials = capacity(target, EVEN, limits, 0, at_most_per_s=2000.0, guess_per_s=guess_per_s, tolerance=tolerance)
     assert best is not None
     assert best.meets
     assert best in trials
@@ -152,9 +151,7 @@ def test_capacity_never_goes_past_what_is_possible_at_most() -> None:
 
 def test_capacity_to_beat_is_settled_by_one_trial() -> None:
     target = deployment(Mapping(), POOL, 2000)
-    found = capacity(
-        target, EVEN, (Limit("ttft", "max", 0.05),), 0, at_most_per_s=1e3, guess_per_s=900.0, beat=True
-    )
+    found = capacity(target, EVEN, (Limit("ttft", "max", 0.05),), 0, at_most_per_s=1e3, guess_per_s=900.0, beat=True)
     assert found[0] is None
     assert len(found[1]) == 1
 
