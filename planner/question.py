@@ -30,6 +30,7 @@ class Question:
     choices       what may be varied beside the degrees
     router        how requests are spread over replicas
     seconds       wall-clock time after which no further plan is simulated
+    jobs          processes that simulate; None for as many as there are processors
     tolerance     relative width of a capacity's bisection
     """
 
@@ -44,8 +45,9 @@ class Question:
     choices: Choices = field(default_factory=Choices)
     router: Literal["round-robin", "random", "least-tokens", "power-of-two"] = "round-robin"
     seed: int = 0
-    seconds: float = 10.0
+    seconds: float = 13.0
     tolerance: float = 0.02
+    jobs: int | None = None
     keep: int = 10
 
     def __post_init__(self) -> None:

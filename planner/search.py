@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import inf, isfinite
+from typing import TypeVar
 
-from planner.catalogue import Catalogue, open_catalogue
+from planner.catalogue import Catalogue, mapping_of, open_catalogue, precision_of
 from planner.errors import NoFeasiblePlanError
 from planner.estimate import estimate_rate_per_s
 from planner.mix import Kind, best_mix
@@ -16,8 +18,10 @@ from planner.plan import Plan, Pool
 from planner.question import Question
 from planner.shortlist import Candidate, Shortlist, shortlist
 from planner.trial import Extremes, Trial, attempt, capacity
+from planner.workers import Workers, available_cpus
 from simulator.metrics import Limit
 
+T = TypeVar("T")
 #: Called with what is going on and the share of the time that has passed, in [0, 1].
 Progress = Callable[[str, float], None]
 
@@ -28,8 +32,21 @@ UNITS = {
     "energy": "J per output token",
     "latency": "s mean end-to-end",
 }
+#: Plans simulated at a time: their scores to beat are those before the round, so results do not depend on `jobs`.
+ROUND, SURVEY_ROUND = 8, 4
+#: Ways of cutting whose best plan is measured in full before variants are looked at.
+SURVEYED = 4
+#: The first look at a way of cutting: requests, and relative width of the bisection.
+ROUGH_REQUESTS, ROUGH_TOLERANCE = 2000, 0.1
 #: Ways of cutting that are guessed to reach less than this share of the most promising one are not surveyed.
 INTERESTING = 0.5
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of `size`, the last one shorter."""
+    rest = iter(items)
+    while some := list(islice(rest, size)):
+        yield some
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +121,27 @@ def search(question: Question, progress: Progress | None = None) -> SearchResult
     return Search(question, progress or (lambda _what, _share: None)).result()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """A plan to simulate.
+
+    beat    look at it only at the rate that would give this score
+    rough   with fewer requests and a wider tolerance
+    """
+
+    candidate: Candidate
+    beat: float | None
+    rough: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """The plan as ranked, None if it breaks a limit or does not reach the score to beat, and the trials made."""
+
+    found: Ranked | None
+    trials: list[Trial]
+
+
 class Search:
     """One search; `result` runs it."""
 
@@ -143,15 +181,18 @@ class Search:
     def result(self) -> SearchResult:
         """Search until no bound beats the best, or the time is over."""
         question, candidates = self.question, self.list.candidates
-        self._survey(candidates)
-        for candidate in sorted(candidates, key=self._kind_score, reverse=True):
-            if candidate in self.tried or not self.beats(candidate.bound):
-                continue
-            if self.ranked and self.late():
-                break
-            self._try(candidate, beat=True)
-        self._mix()
-        if not self.ranked:
+        with Workers(self._perform, question.jobs or available_cpus()) as workers:
+            kinds = self._survey(workers)
+            self._take(workers, [Task(candidate, None) for candidate in kinds[:SURVEYED]])
+            order = sorted(candidates, key=self._kind_score, reverse=True)
+            while tasks := self._round(order):
+                if self.ranked and self.late(0.9):
+                    break
+                self._take(workers, tasks)
+            self._round_off(workers, kinds[SURVEYED:])
+            self._mix(workers)
+            ranked = self._ranking(workers)
+        if not ranked:
             raise self._nothing_kept()
         left = [c.bound for c in candidates if c not in self.tried and self.beats(c.bound)]
         best = self.best_score
@@ -164,7 +205,7 @@ class Search:
         self.progress("done", 1.0)
         return SearchResult(
             question=question,
-            ranked=tuple(self._ranking()),
+            ranked=tuple(ranked),
             considered=self.list.considered,
             pruned=pruned,
             simulated=len(self.tried) - self.same + self.mixtures,
@@ -176,21 +217,72 @@ class Search:
             wall_s=time.perf_counter() - self.started,
         )
 
-    def _survey(self, candidates: list[Candidate]) -> None:
-        """Simulate the best-bounded plan of every promising way to cut the model, most promising first."""
-        first: dict[object, Candidate] = {}
+    def _survey(self, workers: Workers[Task | Plan, Outcome]) -> list[Candidate]:
+        """The most promising plan of every way to cut the model, best first, after a look at few requests."""
         capacity_asked = self.question.objective == "goodput-per-gpu"
-        for candidate in candidates:
+        first: dict[object, Candidate] = {}
+        for candidate in self.list.candidates:
             first.setdefault((candidate.kind, 0 if capacity_asked else candidate.plan.gpus_used), candidate)
         order = sorted(first.values(), key=self._promise, reverse=True)
-        for candidate in order:
-            if self.ranked and (
-                self.late(0.5) or (capacity_asked and self._promise(candidate) < INTERESTING * self._promise(order[0]))
-            ):
+        if not capacity_asked:
+            return order
+        worth = INTERESTING * self._promise(order[0])
+        for some in batched((c for c in order if self._promise(c) >= worth), ROUND):
+            if self.kinds and self.late(0.25):
                 break
-            if self.ranked and not capacity_asked and not self.beats(candidate.bound):
+            tasks = [Task(candidate, None, rough=True) for candidate in some]
+            for task, outcome in zip(tasks, workers.map(tasks), strict=True):
+                self.kinds[task.candidate.kind] = outcome.found.score if outcome.found else 0.0
+        return sorted((c for c in order if c.kind in self.kinds), key=lambda c: -self.kinds[c.kind])
+
+    def _round_off(self, workers: Workers[Task | Plan, Outcome], kinds: list[Candidate]) -> None:
+        """With time left, find out what the other ways to cut the model reach, for a ranking worth the name."""
+        if self.question.objective == "goodput-per-gpu":
+            for some in batched(kinds, SURVEY_ROUND):
+                if self.ranked and self.late(0.9):
+                    break
+                self._take(workers, [Task(candidate, None) for candidate in some])
+
+    def _round(self, order: list[Candidate]) -> list[Task]:
+        """The next plans worth a simulation, at the rate that would make them best; no two that may run alike."""
+        beat = self.best_score if self.ranked else None
+        tasks: list[Task] = []
+        seen = set()
+        for candidate in order:
+            if candidate in self.tried or not self.beats(candidate.bound):
                 continue
-            self._try(candidate, beat=False)
+            pool = candidate.plan.pools[0]
+            key = (self._alike(candidate), pool.token_budget)
+            if key in seen:
+                continue
+            if self._known(candidate):
+                self.tried.add(candidate)
+                self.same += 1
+                continue
+            seen.add(key)
+            tasks.append(Task(candidate, beat))
+            if len(tasks) == ROUND:
+                break
+        return tasks
+
+    def _known(self, candidate: Candidate) -> bool:
+        """Whether the plan's run would be that of a plan simulated before."""
+        pool = candidate.plan.pools[0]
+        return any(
+            extremes.same_run(other, blocks, pool, candidate.kv_blocks)
+            for other, blocks, extremes in self.runs[self._alike(candidate)]
+        )
+
+    def _take(self, workers: Workers[Task | Plan, Outcome], tasks: list[Task]) -> None:
+        """Simulate plans and keep those within the limits."""
+        for task, outcome in zip(tasks, workers.map(tasks), strict=True):
+            candidate, found = task.candidate, outcome.found
+            self.tried.add(candidate)
+            self._note(candidate.plan, outcome.trials)
+            self._remember(candidate, outcome.trials)
+            if found is not None:
+                self.ranked.append(found)
+                self.kinds[candidate.kind] = max(found.score, self.kinds.get(candidate.kind, -inf))
 
     def _kind_score(self, candidate: Candidate) -> float:
         """What plans that are cut alike have reached, else what is guessed: variants of good plans come first."""
@@ -214,62 +306,62 @@ class Search:
             )
         return self.estimates[candidate.kind]
 
-    def _try(self, candidate: Candidate, *, beat: bool) -> None:
-        """Simulate a plan and keep it if it is within the limits.
-
-        beat   look at it only at the rate that would make it the best so far
-        """
-        self.tried.add(candidate)
-        for other, blocks, extremes in self.runs[self._alike(candidate)]:
-            if beat and extremes.same_run(other, blocks, candidate.plan.pools[0], candidate.kv_blocks):
-                self.same += 1
-                return
-        found = self.evaluate(candidate, self.best_score if beat and self.ranked else None)
-        if found is not None:
-            self.ranked.append(found)
-            self.kinds[candidate.kind] = max(found.score, self.kinds.get(candidate.kind, -inf))
-
     def _alike(self, candidate: Candidate) -> object:
         """What plans must have in common for one to be a run of the other."""
         pool = candidate.plan.pools[0]
         return candidate.kind, pool.policy, pool.replicas
 
-    def evaluate(self, candidate: Candidate, beat: float | None) -> Ranked | None:
-        """Simulate a plan; None if it breaks a limit, or does not reach the score to beat."""
-        question, plan = self.question, candidate.plan
+    def _perform(self, work: Task | Plan) -> Outcome:
+        """What a worker is asked: to evaluate a plan, or to simulate one at the demanded rate."""
+        if isinstance(work, Task):
+            return self.evaluate(work)
+        question = self.question
+        deployment = self.catalogue.deployment(work)
+        trial = attempt(deployment, question.requests, question.demanded_per_s, question.limits, question.seed)
+        return Outcome(None, [trial])
+
+    def evaluate(self, task: Task) -> Outcome:
+        """Simulate a plan; changes nothing, so that any process may do it."""
+        question, plan = self.question, task.candidate.plan
         deployment = self.catalogue.deployment(plan, with_work=question.objective == "energy")
         if question.objective == "goodput-per-gpu":
-            trial, trials = capacity(
+            best, trials = capacity(
                 deployment,
-                question.requests,
+                question.requests.head(ROUGH_REQUESTS) if task.rough else question.requests,
                 question.limits,
                 question.seed,
-                at_most_per_s=candidate.rate_bound_per_s * 1.02,
-                guess_per_s=self._guess(candidate) if beat is None else beat * question.gpus * (1 + question.tolerance),
-                beat=beat is not None,
-                tolerance=question.tolerance,
+                at_most_per_s=task.candidate.rate_bound_per_s * 1.02,
+                guess_per_s=self._guess(task),
+                beat=task.beat is not None,
+                tolerance=max(question.tolerance, ROUGH_TOLERANCE) if task.rough else question.tolerance,
             )
-            self._note(plan, trials)
-            self._remember(candidate, trials)
-            if trial is None or (question.rate_per_s is not None and trial.rate_per_s < question.rate_per_s):
-                return None
-            value = trial.goodput_per_s / question.gpus
-            return Ranked(plan, value, value, candidate.bound, trial, trial.goodput_per_s)
-        energy = question.objective == "energy"
+            if best is None or (question.rate_per_s is not None and best.rate_per_s < question.rate_per_s):
+                return Outcome(None, trials)
+            value = best.goodput_per_s / question.gpus
+            return Outcome(Ranked(plan, value, value, task.candidate.bound, best, best.goodput_per_s), trials)
         trial = attempt(
-            deployment, question.requests, question.demanded_per_s, question.limits, question.seed, energy=energy
+            deployment,
+            question.requests,
+            question.demanded_per_s,
+            question.limits,
+            question.seed,
+            energy=question.objective == "energy",
         )
-        self._note(plan, [trial])
-        self._remember(candidate, [trial])
         if not trial.meets:
-            return None
+            return Outcome(None, [trial])
         value = self._value(plan, trial)
-        return Ranked(plan, value, -value, candidate.bound, trial)
+        return Outcome(Ranked(plan, value, -value, task.candidate.bound, trial), [trial])
 
-    def _guess(self, candidate: Candidate) -> float:
-        """A rate to start from, no less than what is demanded."""
-        rate = self.estimate(candidate) * candidate.plan.pools[0].replicas
-        return rate if self.question.rate_per_s is None else max(rate, self.question.rate_per_s)
+    def _guess(self, task: Task) -> float:
+        """A rate to start from, no less than is demanded: the rate to beat, or what the plan is guessed to keep."""
+        question = self.question
+        if task.beat is not None:
+            rate = task.beat * question.gpus * (1 + question.tolerance)
+        elif task.candidate.kind in self.kinds:
+            rate = self.kinds[task.candidate.kind] * question.gpus
+        else:
+            rate = self.estimate(task.candidate) * task.candidate.plan.pools[0].replicas
+        return max(rate, question.rate_per_s or 0.0, 1e-6 * task.candidate.rate_bound_per_s)
 
     def _remember(self, candidate: Candidate, trials: list[Trial]) -> None:
         """Keep how far the runs of the plan went, so that plans with the same runs need none."""
@@ -289,7 +381,7 @@ class Search:
         if objective == "cost":
             price = self.catalogue.cluster.device.price_usd_per_h or 0.0
             return price * plan.gpus_used / 3600 / trial.output_tokens_per_s * 1e6
-        return trial.mean_e2e_s if objective == "latency" else trial.joules_per_token
+        return trial.mean_e2e_s if objective == "latency" else trial.joules_per_token or inf
 
     def _note(self, plan: Plan, trials: list[Trial]) -> None:
         """Remember operating points and how near the limits were."""
@@ -299,11 +391,11 @@ class Search:
                 if isfinite(value):
                     self.closest[limit] = min(self.closest[limit], value)
 
-    def _mix(self) -> None:
+    def _mix(self, workers: Workers[Task | Plan, Outcome]) -> None:
         """Fill the cluster with replicas of different plans where that serves more, and simulate the mixture."""
         question = self.question
         if question.objective == "goodput-per-gpu" and self.ranked:
-            self._survey_idle(max(self.ranked, key=lambda r: r.score).plan)
+            self._survey_idle(workers, max(self.ranked, key=lambda r: r.score).plan)
         measured = [r for r in self.ranked if r.capacity_per_s is not None and len(r.plan.pools) == 1]
         if question.objective != "goodput-per-gpu" or len(measured) < 2:
             return
@@ -340,14 +432,15 @@ class Search:
             bound = sum(count * r.bound / r.plan.pools[0].replicas for count, r, _ in used)
             self.ranked.append(Ranked(plan, value, value, bound, trial, trial.goodput_per_s))
 
-    def _survey_idle(self, plan: Plan) -> None:
+    def _survey_idle(self, workers: Workers[Task | Plan, Outcome], plan: Plan) -> None:
         """Simulate the kinds of replica that would fit on the devices a plan leaves idle."""
         idle = plan.gpus - plan.gpus_used
+        ranked = {(mapping_of(r.plan.pools[0]), precision_of(r.plan.pools[0])) for r in self.ranked}
         for candidate in sorted(self.list.candidates, key=self._promise, reverse=True):
             small = candidate.plan.pools[0].gpus_per_replica <= idle
-            if small and candidate.kind not in self.kinds and not self.late(1.2):
-                self.kinds[candidate.kind] = -inf
-                self._try(candidate, beat=False)
+            if small and candidate.kind not in ranked and not self.late(1.2):
+                ranked.add(candidate.kind)
+                self._take(workers, [Task(candidate, None)])
 
     def _packs(self, used: list[tuple[int, Ranked, Kind]]) -> bool:
         """Whether replicas of these sizes fit into the nodes, largest first."""
@@ -369,25 +462,15 @@ class Search:
                 room[place] -= kind.gpus
         return True
 
-    def _ranking(self) -> list[Ranked]:
+    def _ranking(self, workers: Workers[Task | Plan, Outcome]) -> list[Ranked]:
         """The best plans, each simulated at the demanded rate, with ties marked."""
         question = self.question
         order = sorted(self.ranked, key=lambda r: (-r.score, r.plan.gpus_used, r.trial.mean_e2e_s))[: question.keep]
-        best = order[0].score
-        final = []
-        for ranked in order:
-            trial = ranked.trial
-            if question.objective == "goodput-per-gpu" and question.rate_per_s is not None:
-                trial = attempt(
-                    self.catalogue.deployment(ranked.plan),
-                    question.requests,
-                    question.rate_per_s,
-                    question.limits,
-                    question.seed,
-                )
-            tie = ranked is not order[0] and ranked.score >= best - question.tolerance * abs(best)
-            final.append(replace(ranked, trial=trial, tie=tie))
-        return final
+        if question.objective == "goodput-per-gpu" and question.rate_per_s is not None:
+            outcomes = workers.map([ranked.plan for ranked in order])
+            order = [replace(r, trial=outcome.trials[0]) for r, outcome in zip(order, outcomes, strict=True)]
+        within = order[0].score - question.tolerance * abs(order[0].score) if order else 0.0
+        return [replace(ranked, tie=place > 0 and ranked.score >= within) for place, ranked in enumerate(order)]
 
     def _front(self) -> list[Point]:
         """Operating points within the limits that no other beats in both throughput per device and speed per user."""

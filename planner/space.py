@@ -33,6 +33,10 @@ class Space:
     broken: Counter[str] = field(default_factory=Counter)
 
 
+#: The context a plan allows is the longest request rounded up to a multiple of this.
+CONTEXT_STEP = 1024
+
+
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
@@ -81,6 +85,7 @@ def enumerate_pools(catalogue: Catalogue, choices: Choices, longest_tokens: int)
     space = Space()
     model, cluster = catalogue.model, catalogue.cluster
     whole = max(choices.token_budgets[-1], longest_tokens)
+    served = min(model.max_context_tokens, -(-longest_tokens // CONTEXT_STEP) * CONTEXT_STEP)
     for mapping in mappings(model, cluster):
         law = law_broken(model, mapping) or placement_broken(mapping, cluster)
         for precision in choices.precisions:
@@ -98,7 +103,7 @@ def enumerate_pools(catalogue: Catalogue, choices: Choices, longest_tokens: int)
                         pool = Pool(
                             1, mapping.tp, mapping.pp, mapping.attention_dp, mapping.ep, mapping.expert_tp, None,
                             precision.weights, precision.activations, precision.kv, policy, max_seqs, budget,
-                            choices.block_tokens, longest_tokens,
+                            choices.block_tokens, served,
                         )  # fmt: skip
                         kv_blocks = catalogue.memory(pool).kv_blocks
                         if kv_blocks < -(-longest_tokens // choices.block_tokens):

@@ -52,7 +52,7 @@ class Trial:
     values_s        the statistic each limit speaks of, NaN where the run was stopped early
     mean_tpot_s, mean_e2e_s   over the requests served
     extremes        what held the schedulers back and the most they had in use
-    joules_per_token   energy of the devices in use per output token; NaN where it was not asked for
+    joules_per_token   energy of the devices in use per output token; None where it was not asked for
     """
 
     rate_per_s: float
@@ -63,7 +63,7 @@ class Trial:
     mean_tpot_s: float
     mean_e2e_s: float
     extremes: Extremes
-    joules_per_token: float = float("nan")
+    joules_per_token: float | None = None
 
 
 def attempt(

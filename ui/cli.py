@@ -151,7 +151,7 @@ def plan_command(
     max_seqs: Annotated[str | None, typer.Option(help="Sequences in a step.", metavar="LIST")] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(callback=_above_zero, help="Time after which no further plan is tried [default: 10]."),
+        typer.Option(callback=_above_zero, help="Time after which no further plan is tried [default: 13]."),
     ] = None,
     seed: Seed = 0,
     tolerance: Annotated[
@@ -202,7 +202,7 @@ def plan_command(
         router=router,  # type: ignore[arg-type]
         seed=seed,
         keep=keep,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
     questions.check_rate(question)
     with bar() as waiting:

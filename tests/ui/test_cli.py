@@ -249,7 +249,7 @@ def test_requests_without_a_rate(capsys, tmp_path):
     trace.write_text(HEADER + "0,10,5\n")
     wrong(capsys, 4, "--rate", *small, "--objective", "latency")
     trace.write_text(HEADER + "0,10,5\n0,10,5\n")
-    wrong(capsys, 6, "at once", *small)
+    wrong(capsys, 4, "at once", *small)
     trace.write_text(HEADER + "0,10,5\n1,140000,5\n")
     wrong(capsys, 7, "140005", *small)
 
