@@ -289,14 +289,14 @@ class StepModel:
             return self._run_base[piece][sequences] + self._run_slope[piece][sequences] * context
         tokens = sequences
         value = engine.step_overhead_s
-        if prefill.knots:
-            for new, before in items:
-                tokens += new
+        base, slope = prefill.base[0], prefill.slope[0]
+        for new, before in items:
+            tokens += new
+            if not before:
+                value += base[new]
+            elif prefill.knots:
                 value += prefill.at(new, before)
-        else:
-            base, slope = prefill.base[0], prefill.slope[0]
-            for new, before in items:
-                tokens += new
+            else:
                 value += base[new] + slope[new] * before
         sampled = sequences + len(items)
         if sequences:

@@ -70,7 +70,6 @@ class Scheduler:
         "_finish_at",
         "_heap",
         "_needs",
-        "_order",
         "_padded",
         "_partial",
         "_partial_done",
@@ -123,9 +122,8 @@ class Scheduler:
         self._block = config.block_tokens
         self._admit = POLICIES[config.policy]
         self._needs = [0] * config.block_tokens  # sequences that need a block when steps % block_tokens is the index
-        self._finish_at: dict[int, int] = {}  # value of `steps` at which a decoding sequence ends
+        self._finish_at: dict[int, int] = {}  # value of `steps` at which each decoding sequence ends, as admitted
         self._heap: list[int] = []  # the same, as finish << REQUEST_BITS | request; outdated entries are dropped when met
-        self._order: list[int] = []  # by admission; ended ones are dropped when met
         self._partial = -1
         self._partial_done = 0
         self._padded = config.policy == "static"
@@ -236,8 +234,10 @@ class Scheduler:
                 if finish_at.get(request) == at:
                     del finish_at[request]
                     finished.append(request)
+                    prompt = self.prompts[request]
+                    self.outstanding_tokens -= prompt
                     if not self._padded:
-                        cached = self.prompts[request] + self.outputs[request] - 1
+                        cached = prompt + self.outputs[request] - 1
                         self.running -= 1
                         self.context_offset -= cached - at
                         self._needs[(at - cached) % block] -= 1
@@ -267,6 +267,7 @@ class Scheduler:
                     self._needs[(now - target) % block] += 1
                 else:
                     finished.append(request)
+                    self.outstanding_tokens -= prompts[request]
                     if self._padded:
                         self.running += 1
                         self.context_offset += target - now
@@ -276,50 +277,28 @@ class Scheduler:
             self.items = []
         if finished:
             self.unfinished -= len(finished)
-            for request in finished:
-                self.outstanding_tokens -= self.prompts[request]
             if self._padded and not finish_at:
                 self.running = 0
                 self.context_offset = 0
                 self.free = self.kv_blocks
         return finished
 
-    def _head_target(self) -> int:
-        """Tokens the head of the queue has to prefill."""
-        head = self.waiting[0]
-        target = self.prompts[head]
-        return target + self.generated.get(head, 0) if self.generated else target
-
-    def _admit_head(self, blocks: int) -> int:
-        """Move the head of the queue to the running sequences."""
-        request = self.waiting.popleft()
-        self.free -= blocks
-        if not self._padded:
-            self._order.append(request)
-            if len(self._order) > 64 + 4 * (self.running + len(self.chunks)):
-                alive = self._finish_at
-                inside = {chunk[0] for chunk in self.chunks} | {self._partial, request}
-                self._order = [r for r in self._order if r in alive or r in inside]
-        return request
-
     def _preempt_last(self) -> None:
         """Send the sequence admitted last back to the front of the queue, to be recomputed."""
         block = self._block
-        while True:
-            request = self._order.pop()
-            if request == self._partial:
-                self._partial = -1
-                self.free += -(-(self.prompts[request] + self.generated.get(request, 0)) // block)
-                break
-            if request in self._finish_at:
-                left = self._finish_at.pop(request) - self.steps
-                cached = self.prompts[request] + self.outputs[request] - 1 - left
-                self.running -= 1
-                self.context_offset -= cached - self.steps
-                self._needs[(self.steps - cached) % block] -= 1
-                self.free += -(-cached // block)
-                self.generated[request] = self.outputs[request] - left
-                break
+        if self._partial >= 0:
+            request = self._partial
+            self._partial = -1
+            self.free += -(-(self.prompts[request] + self.generated.get(request, 0)) // block)
+        else:
+            request, finish = self._finish_at.popitem()  # dictionaries keep the order of admission
+            left = finish - self.steps
+            cached = self.prompts[request] + self.outputs[request] - 1 - left
+            self.running -= 1
+            self.context_offset -= cached - self.steps
+            self._needs[(self.steps - cached) % block] -= 1
+            self.free += -(-cached // block)
+            self.generated[request] = self.outputs[request] - left
         self.waiting.appendleft(request)
         self.preempted.append(request)
 
@@ -367,16 +346,18 @@ def _chunked(s: Scheduler) -> None:
         if left <= 0 or room <= 0:
             s.limited.add("tokens" if left <= 0 else "seqs")
             return
-        target = s._head_target()
+        head = s.waiting[0]
+        target = s.prompts[head] + (s.generated.get(head, 0) if s.generated else 0)
         blocks = -(-target // s._block)
         if blocks > s.free:
             s.limited.add("kv")
             return
         if target > left:
             s.limited.add("tokens")
-        request = s._admit_head(blocks)
-        new = min(target, left)
-        s.chunks.append((request, new, 0))
+        s.free -= blocks
+        new = target if target < left else left
+        s.waiting.popleft()
+        s.chunks.append((head, new, 0))
         s.items.append((new, 0))
         left -= new
         room -= 1
@@ -386,12 +367,15 @@ def _whole_prompts(s: Scheduler, left: int, blocks_each: int | None = None) -> N
     """Admit whole prompts, first come first served, while tokens, sequences and blocks last."""
     room = s.config.max_seqs - s.running
     while s.waiting:
-        target = s._head_target()
+        head = s.waiting[0]
+        target = s.prompts[head] + (s.generated.get(head, 0) if s.generated else 0)
         blocks = blocks_each or -(-target // s._block)
         if room <= 0 or target > left or blocks > s.free:
             s.limited.add("seqs" if room <= 0 else "tokens" if target > left else "kv")
             return
-        s.chunks.append((s._admit_head(blocks), target, 0))
+        s.free -= blocks
+        s.waiting.popleft()
+        s.chunks.append((head, target, 0))
         s.items.append((target, 0))
         left -= target
         room -= 1
