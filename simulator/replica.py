@@ -96,7 +96,9 @@ class Replica:
     def coast(self, until_s: float) -> None:
         """Decode with unchanging batches until the first step boundary at or after `until_s`, or until plan is needed."""
         scheduler, log, decode_run = self.scheduler, self.log, self.model.decode_run
+        finish_s, segments = log.finish_s, log.segments
         now = self.now
+        events = 0
         while now < until_s:
             steps = scheduler.form_quietly()
             if not steps:
@@ -110,15 +112,13 @@ class Replica:
             if end > until_s:
                 steps = steps_until(first, slope, until_s - now, steps)
                 end = now + steps * (first + slope * (steps - 1) / 2)
-            log.events += 1
-            if log.segments is not None:
+            if segments is not None:
                 log.record(self.index, 0, now, end, steps, slope, running, context, scheduler)
-            finished = scheduler.advance(steps)
+            for request in scheduler.advance(steps):
+                finish_s[request] = end
             now = end
-            if finished:
-                finish_s = log.finish_s
-                for request in finished:
-                    finish_s[request] = now
+            events += 1
+        log.events += events
         self.now = now
         self._steps = 1
 

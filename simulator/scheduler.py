@@ -204,11 +204,12 @@ class Scheduler:
         if self._padded:
             return 0
         block, needs = self._block, self._needs
-        cycles, rest = divmod(steps, block)
         begin = (self.steps + 1) % block
-        end = begin + rest
-        grown = sum(needs[begin:end]) if end <= block else sum(needs[begin:]) + sum(needs[: end - block])
-        return cycles * self.running + grown
+        end = begin + steps % block
+        grown = sum(needs[begin:end])
+        if end > block:
+            grown += sum(needs[: end - block])
+        return grown + steps // block * self.running
 
     def advance(self, steps: int) -> list[int]:
         """Take `steps` steps of the formed kind (1 if it has chunks); the requests that finished, in any order."""
