@@ -94,7 +94,7 @@ class Replica:
             self.end = self._start + self._steps * (self._first + self._slope * (self._steps - 1) / 2)
 
     def coast(self, until_s: float) -> None:
-        """Decode with unchanging batches until the first step boundary at or after `until_s`, or until plan is needed."""
+        """Decode with unchanging batches to the first step boundary at or after `until_s`, or until plan is needed."""
         scheduler, log, decode_run = self.scheduler, self.log, self.model.decode_run
         finish_s, segments = log.finish_s, log.segments
         now = self.now

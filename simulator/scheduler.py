@@ -123,11 +123,11 @@ class Scheduler:
         self._admit = POLICIES[config.policy]
         self._needs = [0] * config.block_tokens  # sequences that need a block when steps % block_tokens is the index
         self._finish_at: dict[int, int] = {}  # value of `steps` at which each decoding sequence ends, as admitted
-        self._heap: list[int] = []  # the same, as finish << REQUEST_BITS | request; outdated entries are dropped when met
+        self._heap: list[int] = []  # the same, as finish << REQUEST_BITS | request; outdated ones stay in
         self._partial = -1
         self._partial_done = 0
         self._padded = config.policy == "static"
-        # The last token of an output is never cached; whole prompts, and what a preemption makes of them, fill one step.
+        # The last token of an output is never cached; a whole prompt, or what a preemption makes of it, is one step.
         self.longest_tokens = min(config.max_context_tokens, kv_blocks * config.block_tokens + 1)
         if config.policy != "chunked":
             self.longest_tokens = min(self.longest_tokens, config.token_budget + 1)
