@@ -18,7 +18,7 @@ from simulator.workload import Requests
 
 @dataclass(frozen=True, slots=True)
 class Extremes:
-    """How far a run went: which limits of the scheduler it felt, and the most sequences and KV blocks in use."""
+    """How far a run went: which limits of the scheduler it felt, the most sequences, and the blocks they reserved."""
 
     limited: frozenset[str] = frozenset()
     peak_seqs: int = 0

@@ -200,7 +200,6 @@ class LockstepReplica:
             done = self._taken - self._begun[lane]
             running = self._running[lane]
             context = self._context[lane] + done * running
-            grown = scheduler.blocks_grown(done)
             self.log.record(
-                self.index, lane, self._start, end, self._steps, self._slope, running, context, scheduler, grown
+                self.index, lane, self._start, end, self._steps, self._slope, running, context, scheduler, done
             )

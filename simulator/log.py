@@ -15,7 +15,7 @@ class Log:
     """Times by request index, NaN until known; segments (rows of simulator.result.STEP_COLUMNS) when `record` is set.
 
     limited, peak_seqs, peak_blocks   which of "kv", "seqs" and "tokens" ever held a scheduler back, and the most
-                                      sequences and KV blocks one had in use
+                                      sequences one ran, and KV blocks these would have held at their ends
     spans   (request, replica, lane, first token, tokens) of what preempted requests emitted between preemptions
     """
 
@@ -62,7 +62,7 @@ class Log:
         for scheduler in schedulers:
             self.limited |= scheduler.limited
             self.peak_seqs = max(self.peak_seqs, scheduler.peak_seqs)
-            self.peak_blocks = max(self.peak_blocks, scheduler.kv_blocks - scheduler.least_free)
+            self.peak_blocks = max(self.peak_blocks, scheduler.peak_blocks)
 
     def scheduled(self, scheduler: Scheduler, at_s: float) -> None:
         """Note the requests whose first chunk starts in the formed step."""
@@ -117,11 +117,11 @@ class Log:
         running: int,
         context: int,
         s: Scheduler,
-        grown: int = 0,
+        untold: int = 0,
     ) -> None:
         """Append the steps that the scheduler has formed and not yet taken to the segments.
 
-        grown   KV blocks taken by steps that the scheduler has not been told of
+        untold   steps taken that the scheduler has not been told of
         """
         tokens = pairs = 0
         for _, new, before in s.chunks:
@@ -130,5 +130,5 @@ class Log:
         assert self.segments is not None
         self.segments.extend(
             (replica, lane, start_s, end_s, steps, slope_s, running, context, tokens, pairs,
-             len(s.chunks), len(s.waiting), s.kv_blocks - s.free + grown)
+             len(s.chunks), len(s.waiting), s.blocks_held(untold + (1 if s.decode_runs else 0)))
         )  # fmt: skip

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from operator import mul
 from typing import Literal
 
 from simulator.errors import SchedulerError
@@ -73,23 +74,25 @@ class Scheduler:
         "_padded",
         "_partial",
         "_partial_done",
+        "_prefilling",
+        "_weights",
         "chunks",
         "config",
         "context_offset",
         "decode_runs",
-        "free",
         "generated",
         "items",
         "kv_blocks",
-        "least_free",
         "limited",
         "longest_tokens",
         "outputs",
         "outstanding_tokens",
+        "peak_blocks",
         "peak_seqs",
         "preempted",
         "prefilled",
         "prompts",
+        "reserved",
         "running",
         "settled",
         "steps",
@@ -105,7 +108,7 @@ class Scheduler:
         self.waiting: deque[int] = deque()
         self.outstanding_tokens = 0  # prompt tokens of its unfinished requests: the load a router sees
         self.unfinished = 0
-        self.free = kv_blocks
+        self.reserved = 0  # blocks its admitted sequences will hold when they end: nothing is scarce while they fit
         self.steps = 0
         self.running = 0  # sequences in a decode step, padding rows included
         self.context_offset = 0  # sum over them of cached - steps
@@ -118,12 +121,16 @@ class Scheduler:
         self.preempted: list[int] = []  # by the last call of form()
         self.limited: set[str] = set()  # which of "kv", "seqs" and "tokens" ever kept a request out or cut a prompt
         self.peak_seqs = 0
-        self.least_free = kv_blocks
+        self.peak_blocks = 0  # most blocks ever reserved
         self._block = config.block_tokens
         self._admit = POLICIES[config.policy]
         self._needs = [0] * config.block_tokens  # sequences that need a block when steps % block_tokens is the index
         self._finish_at: dict[int, int] = {}  # value of `steps` at which each decoding sequence ends, as admitted
         self._heap: list[int] = []  # the same, as finish << REQUEST_BITS | request; outdated ones stay in
+        # Blocks beyond the last full one of a sequence that needs a block at index i, when steps % block_tokens is r.
+        block = config.block_tokens
+        self._weights = [tuple((i - r) % block for i in range(block)) for r in range(block)]
+        self._prefilling = 0  # blocks of sequences in prefill
         self._partial = -1
         self._partial_done = 0
         self._padded = config.policy == "static"
@@ -143,6 +150,19 @@ class Scheduler:
         self.outstanding_tokens += prompt
         self.unfinished += 1
         return True
+
+    def blocks_held(self, ahead: int = 0) -> int:
+        """KV blocks in use once every decoding sequence has cached `ahead` more tokens."""
+        if self._padded:
+            return self.reserved
+        at = self.steps + ahead
+        missing: int = sum(map(mul, self._needs, self._weights[at % self._block]))
+        return (self.context_offset + self.running * at + missing) // self._block + self._prefilling
+
+    @property
+    def free(self) -> int:
+        """KV blocks that can be given to new sequences, those of the formed decode step set aside."""
+        return self.kv_blocks - self.blocks_held(1 if self.decode_runs else 0)
 
     @property
     def has_work(self) -> bool:
@@ -173,8 +193,8 @@ class Scheduler:
             heappop(heap)
             first = heap[0]
         steps = (first >> REQUEST_BITS) - self.steps
-        if steps > 1 and self.free < self.running * (steps // self._block + 1) and not self._padded:
-            # The first step's blocks are taken already; find how many more steps the free blocks carry.
+        if steps > 1 and self.reserved > self.kv_blocks:
+            # The first step's blocks are set aside already; find how many more steps the free blocks carry.
             left, now, block, needs = self.free, self.steps, self._block, self._needs
             whole = left // self.running
             left -= whole * self.running
@@ -192,32 +212,15 @@ class Scheduler:
 
         0 where form() has to decide; else the same as form() and settled_steps() in one.
         """
-        need = self._needs[self.steps % self._block]
-        if self.waiting or self._partial >= 0 or need > self.free or self._padded or not self.running:
+        scarce = self.reserved > self.kv_blocks
+        if self.waiting or self._partial >= 0 or scarce or self._padded or not self.running:
             return 0
-        self.free -= need
         self.decode_runs = True
         return self.settled_steps()
-
-    def blocks_grown(self, steps: int) -> int:
-        """KV blocks the decoding sequences take in the `steps` steps that follow the formed one."""
-        if self._padded:
-            return 0
-        block, needs = self._block, self._needs
-        begin = (self.steps + 1) % block
-        end = begin + steps % block
-        grown = sum(needs[begin:end])
-        if end > block:
-            grown += sum(needs[: end - block])
-        return grown + steps // block * self.running
 
     def advance(self, steps: int) -> list[int]:
         """Take `steps` steps of the formed kind (1 if it has chunks); the requests that finished, in any order."""
         chunks = self.chunks
-        if steps > 1:
-            self.free -= self.blocks_grown(steps - 1)
-        if self.free < self.least_free:
-            self.least_free = self.free
         if chunks and self.running + len(chunks) > self.peak_seqs:
             self.peak_seqs = self.running + len(chunks)
         if self.decode_runs:
@@ -242,7 +245,7 @@ class Scheduler:
                         self.running -= 1
                         self.context_offset -= cached - at
                         self._needs[(at - cached) % block] -= 1
-                        self.free += -(-cached // block)
+                        self.reserved -= -(-cached // block)
         if chunks:
             self.prefilled = []
             now = self.steps
@@ -260,6 +263,7 @@ class Scheduler:
                 if before:
                     self._partial = -1
                 self.prefilled.append(request)
+                self._prefilling -= -(-target // block)
                 if left:
                     finish_at[request] = now + left
                     heappush(self._heap, now + left << REQUEST_BITS | request)
@@ -273,7 +277,7 @@ class Scheduler:
                         self.running += 1
                         self.context_offset += target - now
                     else:
-                        self.free += -(-target // block)
+                        self.reserved -= -(-target // block)
             self.chunks = []
             self.items = []
         if finished:
@@ -281,7 +285,7 @@ class Scheduler:
             if self._padded and not finish_at:
                 self.running = 0
                 self.context_offset = 0
-                self.free = self.kv_blocks
+                self.reserved = 0
         return finished
 
     def _preempt_last(self) -> None:
@@ -290,7 +294,7 @@ class Scheduler:
         if self._partial >= 0:
             request = self._partial
             self._partial = -1
-            self.free += -(-(self.prompts[request] + self.generated.get(request, 0)) // block)
+            self._prefilling -= -(-(self.prompts[request] + self.generated.get(request, 0)) // block)
         else:
             request, finish = self._finish_at.popitem()  # dictionaries keep the order of admission
             left = finish - self.steps
@@ -298,8 +302,8 @@ class Scheduler:
             self.running -= 1
             self.context_offset -= cached - self.steps
             self._needs[(self.steps - cached) % block] -= 1
-            self.free += -(-cached // block)
             self.generated[request] = self.outputs[request] - left
+        self.reserved -= -(-(self.prompts[request] + self.outputs[request] - 1) // block)
         self.waiting.appendleft(request)
         self.preempted.append(request)
 
@@ -309,17 +313,31 @@ class Scheduler:
             self.decode_runs = False
             return False
         self.decode_runs = True
-        needs = self._needs
-        index = self.steps % self._block
-        if needs[index] <= self.free:
-            self.free -= needs[index]
+        if self.reserved <= self.kv_blocks or self.kv_blocks >= self.blocks_held(1):
             return False
         self.limited.add("kv")
-        while needs[index] > self.free:
+        while self.kv_blocks < self.blocks_held(1):
             self._preempt_last()
-        self.free -= needs[index]
         self.decode_runs = self.running > 0
         self.settled = False
+        return True
+
+    def _admit_head(self, request: int, target: int) -> bool:
+        """Take the head of the queue with `target` tokens to prefill from it, if there are blocks for them."""
+        block = self._block
+        blocks = -(-target // block)
+        last = -(-(self.prompts[request] + self.outputs[request] - 1) // block)
+        if self._padded:
+            last = -(-self.config.max_context_tokens // block)
+        reserved = self.reserved + last
+        if reserved > self.kv_blocks and (self._padded or blocks > self.free):
+            self.limited.add("kv")
+            return False
+        self.reserved = reserved
+        if reserved > self.peak_blocks:
+            self.peak_blocks = reserved
+        self._prefilling += blocks
+        self.waiting.popleft()
         return True
 
 
@@ -349,33 +367,29 @@ def _chunked(s: Scheduler) -> None:
             return
         head = s.waiting[0]
         target = s.prompts[head] + (s.generated.get(head, 0) if s.generated else 0)
-        blocks = -(-target // s._block)
-        if blocks > s.free:
-            s.limited.add("kv")
+        if not s._admit_head(head, target):
             return
+        new = target
         if target > left:
             s.limited.add("tokens")
-        s.free -= blocks
-        new = target if target < left else left
-        s.waiting.popleft()
+            new = left
         s.chunks.append((head, new, 0))
         s.items.append((new, 0))
         left -= new
         room -= 1
 
 
-def _whole_prompts(s: Scheduler, left: int, blocks_each: int | None = None) -> None:
+def _whole_prompts(s: Scheduler, left: int) -> None:
     """Admit whole prompts, first come first served, while tokens, sequences and blocks last."""
     room = s.config.max_seqs - s.running
     while s.waiting:
         head = s.waiting[0]
         target = s.prompts[head] + (s.generated.get(head, 0) if s.generated else 0)
-        blocks = blocks_each or -(-target // s._block)
-        if room <= 0 or target > left or blocks > s.free:
-            s.limited.add("seqs" if room <= 0 else "tokens" if target > left else "kv")
+        if room <= 0 or target > left:
+            s.limited.add("seqs" if room <= 0 else "tokens")
             return
-        s.free -= blocks
-        s.waiting.popleft()
+        if not s._admit_head(head, target):
+            return
         s.chunks.append((head, target, 0))
         s.items.append((target, 0))
         left -= target
@@ -384,10 +398,9 @@ def _whole_prompts(s: Scheduler, left: int, blocks_each: int | None = None) -> N
 
 def _prefill_first(s: Scheduler) -> None:
     """Whole prompts alone in a step as long as one can be admitted, decodes otherwise (vLLM V0)."""
+    s.decode_runs = False
     _whole_prompts(s, s.config.token_budget)
-    if s.chunks:
-        s.decode_runs = False
-    else:
+    if not s.chunks:
         s._grow_decodes()
 
 
@@ -401,7 +414,7 @@ def _static(s: Scheduler) -> None:
     """A batch is admitted together, reserves its longest context, and runs until its last sequence ends."""
     s.decode_runs = s.running > 0
     if not s.decode_runs:
-        _whole_prompts(s, s.config.token_budget, -(-s.config.max_context_tokens // s._block))
+        _whole_prompts(s, s.config.token_budget)
 
 
 POLICIES: dict[str, Callable[[Scheduler], None]] = {
