@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwmodels.step_model import Pieces, StepModel, Tables, token_grid
-from simulator.metrics import Limit
+from simulator.limits import Limit
 from simulator.workload import Requests
 
 Array = NDArray[np.float64]

@@ -8,7 +8,7 @@ import numpy as np
 
 from hwmodels.mapping import Mapping
 from hwmodels.step_model import StepModel
-from simulator.metrics import Limit
+from simulator.limits import Limit
 from simulator.workload import Requests
 
 #: A p99 of time per output token is about this many times its mean in chat traffic (seen in simulations).

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from planner.errors import PlanError
 from planner.space import Choices
-from simulator.metrics import Limit
+from simulator.limits import Limit
 from simulator.routers import ROUTERS
 from simulator.workload import Requests
 

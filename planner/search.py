@@ -19,7 +19,7 @@ from planner.question import Question
 from planner.shortlist import Candidate, Shortlist, shortlist
 from planner.trial import Extremes, Trial, attempt, capacity
 from planner.workers import Workers, available_cpus
-from simulator.metrics import Limit
+from simulator.limits import Limit
 
 T = TypeVar("T")
 #: Called with what is going on and the share of the time that has passed, in [0, 1].

@@ -17,7 +17,7 @@ from planner.fit import nothing_fits
 from planner.plan import Plan, Pool
 from planner.question import Question
 from planner.space import enumerate_pools, replicas_that_fit
-from simulator.metrics import Limit
+from simulator.limits import Limit
 
 #: Stands for the objective latency among the limits; nobody is held to it.
 MEAN_E2E = Limit("e2e", "mean", 1e9)

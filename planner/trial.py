@@ -9,8 +9,8 @@ import numpy as np
 
 from planner.plan import Pool
 from simulator.deployment import Deployment
+from simulator.limits import Limit, attainment
 from simulator.log import Log
-from simulator.metrics import Limit, attainment
 from simulator.result import latencies
 from simulator.simulate import Overrun, collect, run
 from simulator.workload import Requests

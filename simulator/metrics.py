@@ -3,236 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from simulator.distribution import Distribution, Ints
 from simulator.errors import MetricError
+from simulator.itl import gaps_by_group, together
+from simulator.limits import Limit, Mask, Slos, attainment, meets_all
 from simulator.result import Floats, Result
-
-Ints = NDArray[np.int64]
-Mask = NDArray[np.bool_]
-
-#: What a limit can be set on; per request, except for itl, which has one value per token after the first.
-LATENCIES = ("ttft", "tpot", "itl", "e2e")
-
-_UNITS_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-_LIMIT = re.compile(r"(?:(?P<statistic>[^=]*)=)?(?P<value>[^=]*?)\s*(?P<unit>s|ms|us|µs)")
-#: Steps whose ends are computed at a time, so that temporary arrays stay small.
-_BLOCK = 1 << 20
-
-
-# --- limits -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """One SLO: `statistic` ("mean", "max", or a percentile such as "p99" or "p99.9") of `metric` at most `seconds`."""
-
-    metric: str
-    statistic: str
-    seconds: float
-
-    def __post_init__(self) -> None:
-        if self.metric not in LATENCIES:
-            raise MetricError(f"metric is {self.metric!r}, expected one of {', '.join(LATENCIES)}")
-        _quantile_of(self.statistic)
-        if not (self.seconds > 0 and math.isfinite(self.seconds)):
-            raise MetricError(f"{self.metric} limit is {self.seconds} s, expected a finite time above 0, such as 2s")
-
-    @property
-    def quantile(self) -> float | None:
-        """The fraction the statistic stands for, 1 for the maximum, None for the mean."""
-        return _quantile_of(self.statistic)
-
-    def __str__(self) -> str:
-        return f"{self.metric} {self.statistic} <= {self.seconds:g} s"
-
-
-#: Limits of every request, or of each SLO class by its name (classes left out have none).
-Slos = Mapping[str, Sequence[Limit]] | Sequence[Limit]
-
-
-def parse_limit(metric: str, text: str) -> Limit:
-    """The limit that a text such as "p99=2s", "mean=50ms" or "2s" (p99 is meant) sets on a metric.
-
-    >>> parse_limit("ttft", "p99=2s")
-    Limit(metric='ttft', statistic='p99', seconds=2.0)
-    >>> parse_limit("tpot", "50ms")
-    Limit(metric='tpot', statistic='p99', seconds=0.05)
-    """
-    found = _LIMIT.fullmatch(text.strip())
-    try:
-        value = float(found["value"]) if found else math.nan
-    except ValueError:
-        value = math.nan
-    if found is None or not (value > 0 and math.isfinite(value)):
-        raise MetricError(f"{metric} limit is {text!r}, expected a time above 0 with its unit, such as 2s or p99=50ms")
-    statistic = "p99" if found["statistic"] is None else found["statistic"].strip()
-    return Limit(metric, statistic, value * _UNITS_S[found["unit"].replace("µ", "u")])
-
-
-def _quantile_of(statistic: str) -> float | None:
-    """The fraction a percentile stands for, 1 for the maximum, None for the mean."""
-    if statistic in ("mean", "max"):
-        return None if statistic == "mean" else 1.0
-    found = re.fullmatch(r"p(\d+(?:\.\d+)?)", statistic)
-    if found is None or not 0 < float(found[1]) <= 100:
-        raise MetricError(
-            f"statistic is {statistic!r}, expected mean, max, or a percentile from p1 to p100 such as p99"
-        )
-    return float(found[1]) / 100
-
-
-# --- distributions ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Distribution:
-    """Statistics of `count` values; NaN when there are none."""
-
-    count: int
-    mean: float
-    p50: float
-    p90: float
-    p95: float
-    p99: float
-
-    @classmethod
-    def of(cls, values: Floats, weights: Ints | None = None) -> Distribution:
-        """Of the values that are not NaN, each counted `weights` times; percentiles as numpy.quantile's default.
-
-        >>> Distribution.of(np.array([1.0, 3.0]), np.array([1, 1])).p50
-        2.0
-        """
-        if weights is None:
-            values = np.sort(values)  # NaN go last
-            count = int(np.searchsorted(values, np.nan))
-            ranks = None
-        else:
-            order = np.argsort(values)
-            values, ranks = values[order], np.cumsum(weights[order])
-            count = int(ranks[-1]) if len(ranks) else 0
-        if not count:
-            return cls(0, math.nan, math.nan, math.nan, math.nan, math.nan)
-
-        def value_at(rank: int) -> float:
-            return float(values[rank if ranks is None else np.searchsorted(ranks, rank, side="right")])
-
-        mean = float(values[:count].mean()) if weights is None else float(values @ weights[order]) / count
-        return cls(count, mean, *(_interpolate(value_at, q, count) for q in (0.5, 0.9, 0.95, 0.99)))
-
-
-def _interpolate(value_at: Callable[[int], float], fraction: float, count: int) -> float:
-    """The quantile between the two nearest ranks, rounded as numpy.quantile rounds it; an infinite neighbour wins."""
-    position = fraction * (count - 1)
-    rank = min(math.floor(position), count - 1)
-    share = position - rank
-    low = value_at(rank)
-    if share == 0:
-        return low
-    high = value_at(rank + 1)
-    if low == high or math.isinf(high):
-        return high
-    return low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share)
-
-
-def _achieved(values: Floats, statistic: str) -> float:
-    """A statistic of values without NaN, infinity allowed; NaN when there are none."""
-    if not len(values):
-        return math.nan
-    fraction = _quantile_of(statistic)
-    if fraction is None:
-        return float(values.mean())
-    rank = math.floor(fraction * (len(values) - 1))
-    near = np.partition(values, (rank, min(rank + 1, len(values) - 1)))
-    return _interpolate(lambda index: float(near[index]), fraction, len(values))
-
-
-def _achieved_weighted(values: Floats, weights: Ints, statistic: str) -> float:
-    fraction, count = _quantile_of(statistic), int(weights.sum())
-    if not count:
-        return math.nan
-    if fraction is None:
-        return float(values @ weights) / count
-    order = np.argsort(values)
-    ranks = np.cumsum(weights[order])
-    return _interpolate(lambda rank: float(values[order[np.searchsorted(ranks, rank, side="right")]]), fraction, count)
-
-
-# --- attainment -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Attainment:
-    """How requests stand to limits.
-
-    requests, good   requests, and those of them that meet every limit on ttft, tpot and e2e on their own
-    values_s         the statistic that was reached for each limit, in the limits' order
-    met              whether every limit is met by its statistic
-    """
-
-    requests: int
-    good: int
-    values_s: tuple[float, ...]
-    met: bool
-
-    @property
-    def fraction(self) -> float:
-        """SLO attainment; NaN without requests."""
-        return self.good / self.requests if self.requests else math.nan
-
-
-def attainment(
-    ttft_s: Floats,
-    tpot_s: Floats,
-    e2e_s: Floats,
-    limits: Sequence[Limit],
-    gaps: tuple[Floats, Ints] | None = None,
-) -> Attainment:
-    """Hold requests to limits, on plain arrays (see result.latencies).
-
-    gaps   the weighted inter-token latencies, needed for a limit on itl
-
-    A request without an E2E time was rejected or not finished: it meets no limit and counts as infinitely late in every
-    statistic but itl. A one-token answer has no TPOT and meets any limit on it. A limit without any value is met.
-    """
-    latency = {"ttft": ttft_s, "tpot": tpot_s, "e2e": e2e_s}
-    lost = np.isnan(e2e_s)
-    any_lost = bool(lost.any())
-    values_s = []
-    for limit in limits:
-        if limit.metric == "itl":
-            if gaps is None:
-                raise MetricError(
-                    f"limit is {limit}, expected a run that recorded its steps; simulate with record=True"
-                )
-            values_s.append(_achieved_weighted(*gaps, limit.statistic))
-            continue
-        values = latency[limit.metric]
-        if any_lost:
-            values = np.where(lost, np.inf, values)
-        if limit.metric == "tpot":
-            values = values[~np.isnan(values)]
-        values_s.append(_achieved(values, limit.statistic))
-    good = int(np.count_nonzero(_good(ttft_s, tpot_s, e2e_s, limits)))
-    met = all(not value > limit.seconds for value, limit in zip(values_s, limits, strict=True))
-    return Attainment(len(e2e_s), good, tuple(values_s), met)
-
-
-def _good(ttft_s: Floats, tpot_s: Floats, e2e_s: Floats, limits: Iterable[Limit]) -> Mask:
-    """Which requests finished and meet each limit's seconds; a limit on itl holds for all tokens together, not here."""
-    latency = {"ttft": ttft_s, "tpot": tpot_s, "e2e": e2e_s}
-    good = ~np.isnan(e2e_s)
-    for limit in limits:
-        if limit.metric != "itl":
-            good &= ~(latency[limit.metric] > limit.seconds)
-    return good
 
 
 def meets(result: Result, slos: Slos, window: Window | None = None) -> bool:
@@ -242,12 +24,12 @@ def meets(result: Result, slos: Slos, window: Window | None = None) -> bool:
     frame = result.requests
     codes = _members(frame, start_s, end_s) if window else _codes(frame)
     wanted = any(limit.metric == "itl" for limits in by_class.values() for limit in limits)
-    gaps = _gaps_by_group(result, codes, len(by_class)) if wanted and result.steps is not None else None
+    gaps = gaps_by_group(result, codes, len(by_class)) if wanted and result.steps is not None else None
     ttft, tpot, e2e = (frame[name].to_numpy() for name in ("ttft_s", "tpot_s", "e2e_s"))
     if not isinstance(slos, Mapping):  # limits of all requests together, whatever their class
         mine = codes >= 0
-        together = _together(gaps) if gaps is not None else None
-        return attainment(ttft[mine], tpot[mine], e2e[mine], slos, together).met
+        every = together(gaps) if gaps is not None else None
+        return attainment(ttft[mine], tpot[mine], e2e[mine], slos, every).met
     for code, limits in enumerate(by_class.values()):
         mine = codes == code
         if not attainment(ttft[mine], tpot[mine], e2e[mine], limits, None if gaps is None else gaps[code]).met:
@@ -263,128 +45,6 @@ def _by_class(result: Result, slos: Slos) -> dict[str, Sequence[Limit]]:
         if name not in names:
             raise MetricError(f"SLO class is {name!r}, expected one of the workload's: {', '.join(names)}")
     return {name: slos.get(name, ()) for name in names}
-
-
-# --- inter-token latencies --------------------------------------------------------------------------------------------
-
-
-def itl(result: Result) -> tuple[Floats, Ints]:
-    """Every gap between two tokens of the same request, exactly, as gaps in seconds and how often each occurs.
-
-    A sequence that decodes emits at the end of every decode step of its lane, so one gap between step ends counts for
-    all sequences that live through it. Requests that did not finish are left out. Raises MetricError when the steps
-    were not recorded. Memory: about 50 bytes for each decode step of the busiest lane, 16 for each gap returned.
-    """
-    return _together(_gaps_by_group(result, np.zeros(len(result.requests), dtype=np.int64), 1))
-
-
-def _together(gaps: Sequence[tuple[Floats, Ints]]) -> tuple[Floats, Ints]:
-    if len(gaps) == 1:
-        return gaps[0]
-    return np.concatenate([pair[0] for pair in gaps]), np.concatenate([pair[1] for pair in gaps])
-
-
-def _gaps_by_group(result: Result, groups: Ints, count: int) -> list[tuple[Floats, Ints]]:
-    """The gaps of the requests of each of `count` groups; a negative group is left out."""
-    if result.steps is None:
-        raise MetricError("steps were not recorded, expected a run that did; simulate with record=True")
-    request, lane, first_s, tokens = _spans(result)
-    group = groups[request]
-    steps = result.steps[result.steps["decode_sequences"].to_numpy() > 0]
-    step_lane = _lane_key(steps["replica"], steps["lane"])
-    columns = [steps[name].to_numpy() for name in ("start_s", "end_s", "steps", "slope_s")]
-    order = np.lexsort((columns[0], step_lane))
-    step_lane, columns = step_lane[order], [column[order] for column in columns]
-
-    found: list[list[tuple[Floats, Ints]]] = [[] for _ in range(count)]
-    last_s = first_s.copy()
-    by_lane = np.argsort(lane, kind="stable")
-    for key in np.unique(lane[tokens > 1]):
-        low, high = np.searchsorted(step_lane, (key, key + 1))
-        ends_s = _step_ends(*(column[low:high] for column in columns))
-        low, high = np.searchsorted(lane[by_lane], (key, key + 1))
-        mine = by_lane[low:high]
-        mine = mine[tokens[mine] > 1]
-        start = np.searchsorted(ends_s, first_s[mine], side="right")  # the step of the span's second token
-        stop = start + tokens[mine] - 2  # and that of its last
-        if stop.max() >= len(ends_s):
-            raise ValueError(f"request {request[mine[stop.argmax()]]} emits more tokens than its lane has decode steps")
-        last_s[mine] = ends_s[stop]
-        lead_s = ends_s[start] - first_s[mine]
-        gaps_s = np.diff(ends_s)
-        for index in range(count):
-            member = group[mine] == index
-            if not member.any():
-                continue
-            weights = np.bincount(start[member], minlength=len(ends_s))
-            weights -= np.bincount(stop[member], minlength=len(ends_s))
-            np.cumsum(weights, out=weights)
-            lived = weights[:-1] > 0
-            found[index] += [(gaps_s[lived], weights[:-1][lived]), _once(lead_s[member])]
-        del ends_s, gaps_s
-
-    # From the last token before a preemption to the first one after it.
-    order = np.lexsort((first_s, request))
-    resumed = np.flatnonzero(np.diff(request[order]) == 0)
-    paused_s = first_s[order[resumed + 1]] - last_s[order[resumed]]
-    for index in range(count):
-        found[index].append(_once(paused_s[group[order[resumed]] == index]))
-    return [_together(pairs) for pairs in found]
-
-
-def _once(gaps_s: Floats) -> tuple[Floats, Ints]:
-    return gaps_s, np.ones(len(gaps_s), dtype=np.int64)
-
-
-def _lane_key(replica: pd.Series[int], lane: pd.Series[int]) -> Ints:
-    return replica.to_numpy(np.int64) << 32 | lane.to_numpy(np.int64)
-
-
-def _spans(result: Result) -> tuple[Ints, Ints, Floats, Ints]:
-    """Request, lane key, time of the first token and number of tokens of every stretch of finished requests."""
-    frame = result.requests
-    plain = np.isfinite(frame["finish_s"].to_numpy())
-    finished = plain.copy()
-    spans = result.spans
-    if spans is not None:
-        plain[spans["request"].to_numpy()] = False
-    request = np.flatnonzero(plain)
-    lane = _lane_key(frame["replica"], frame["lane"])[plain]
-    first_s = frame["first_token_s"].to_numpy()[plain]
-    tokens = frame["output_tokens"].to_numpy(np.int64)[plain]
-    if spans is None or spans.empty:
-        return request, lane, first_s, tokens
-    spans = spans[finished[spans["request"].to_numpy()]]
-    return (
-        np.concatenate((request, spans["request"].to_numpy(np.int64))),
-        np.concatenate((lane, _lane_key(spans["replica"], spans["lane"]))),
-        np.concatenate((first_s, spans["first_token_s"].to_numpy())),
-        np.concatenate((tokens, spans["tokens"].to_numpy(np.int64))),
-    )
-
-
-def _step_ends(start_s: Floats, end_s: Floats, steps: Ints, slope_s: Floats) -> Floats:
-    """When each step of the rows ends: after j + 1 steps, start + (j + 1) first + slope j (j + 1) / 2."""
-    offsets = np.concatenate(([0], np.cumsum(steps)))
-    first_s = (end_s - start_s) / steps - slope_s * (steps - 1) / 2
-    ends_s = np.empty(offsets[-1])
-    low = 0
-    while low < len(steps):
-        high = max(low + 1, int(np.searchsorted(offsets, offsets[low] + _BLOCK, side="right")) - 1)
-        rows = slice(low, high)
-        j = np.arange(offsets[low], offsets[high]) - np.repeat(offsets[rows], steps[rows])
-        block = np.repeat(slope_s[rows] / 2, steps[rows])
-        block *= j
-        block += np.repeat(first_s[rows], steps[rows])
-        block *= j + 1
-        block += np.repeat(start_s[rows], steps[rows])
-        ends_s[offsets[low] : offsets[high]] = block
-        low = high
-    ends_s[offsets[1:] - 1] = end_s  # exactly, because first tokens are compared with it
-    return ends_s
-
-
-# --- summary ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,9 +154,9 @@ def summarize(result: Result, slos: Slos = (), window: Window | None = None) -> 
     good = np.zeros(len(frame), dtype=bool)
     for code, limits in enumerate(by_class.values()):
         mine = codes == code if len(by_class) > 1 else slice(None)
-        good[mine] = _good(columns["ttft_s"][mine], columns["tpot_s"][mine], columns["e2e_s"][mine], limits)
+        good[mine] = meets_all(columns["ttft_s"][mine], columns["tpot_s"][mine], columns["e2e_s"][mine], limits)
     prompts, outputs = _tokens(frame, (start_s, end_s) if window else None)
-    gaps = _gaps_by_group(result, members, len(by_class)) if result.steps is not None else None
+    gaps = gaps_by_group(result, members, len(by_class)) if result.steps is not None else None
 
     def metrics_of(mine: Mask, emitters: Mask, itl_s: tuple[Floats, Ints] | None) -> ClassMetrics:
         count, met = int(np.count_nonzero(mine)), int(np.count_nonzero(good & mine))
@@ -517,7 +177,7 @@ def summarize(result: Result, slos: Slos = (), window: Window | None = None) -> 
             total_tokens_per_s=_ratio(output + float(prompts[emitters].sum()), duration_s),
         )
 
-    overall = metrics_of(members >= 0, codes >= 0, None if gaps is None else _together(gaps))
+    overall = metrics_of(members >= 0, codes >= 0, None if gaps is None else together(gaps))
     classes = {next(iter(by_class)): overall} if len(by_class) == 1 else {}
     if len(by_class) > 1:
         for code, name in enumerate(by_class):
@@ -640,9 +300,6 @@ def none_for_nan(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: none_for_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# --- replications -----------------------------------------------------------------------------------------------------
 
 
 def replicate(

@@ -67,7 +67,8 @@ if TYPE_CHECKING:
     from planner import Plan, SearchResult
     from planner.explain import Explanation
     from planner.search import Ranked
-    from simulator.metrics import Limit, Metrics
+    from simulator.limits import Limit
+    from simulator.metrics import Metrics
     from simulator.result import RunTotals
 
 VERSION = 1

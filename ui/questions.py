@@ -16,7 +16,7 @@ from planner.catalogue import Catalogue, format_problem, open_catalogue
 from planner.errors import PlanError
 from planner.planfile import read_plan
 from planner.space import Choices
-from simulator.metrics import Limit, parse_limit
+from simulator.limits import Limit, parse_limit
 from simulator.scheduler import Policy
 from simulator.traces import read_trace
 from simulator.workload import Requests, load_profile, synthesize

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from hwmodels.shape import ModelShape
     from planner import Plan, SearchResult
     from planner.explain import Explanation, StepTimes
-    from simulator.metrics import ClassMetrics, Limit, Metrics
+    from simulator.limits import Limit
+    from simulator.metrics import ClassMetrics, Metrics
     from simulator.result import RunTotals
 
 #: Characters a line may have where there is no terminal to ask.

@@ -55,7 +55,7 @@ def ask(name: str) -> dict[str, Any]:
     from hwmodels.mapping import Precision
     from planner import Question, search
     from planner.space import Choices
-    from simulator.metrics import Limit
+    from simulator.limits import Limit
     from simulator.workload import load_profile, synthesize
 
     case = QUESTIONS[name]
@@ -104,7 +104,7 @@ def screening() -> dict[str, float]:
     from planner.bounds import Screen
     from planner.catalogue import law_broken, open_catalogue
     from planner.space import mappings, placement_broken
-    from simulator.metrics import Limit
+    from simulator.limits import Limit
     from simulator.workload import load_profile, synthesize
 
     requests = synthesize(load_profile(WORKLOAD), 10_000)

@@ -16,7 +16,7 @@ from hwmodels.step_model import StepModel
 from planner.bounds import Screen, demand, lower_hull, stage_bound
 from planner.catalogue import Catalogue, open_catalogue
 from simulator.deployment import Deployment, ReplicaSpec
-from simulator.metrics import Limit, attainment
+from simulator.limits import Limit, attainment
 from simulator.result import latencies
 from simulator.routers import ROUTERS
 from simulator.scheduler import Policy, SchedulerConfig

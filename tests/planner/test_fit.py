@@ -16,7 +16,7 @@ from planner.fit import nothing_fits, shortest
 from planner.question import Question
 from planner.search import search
 from planner.space import Choices, enumerate_pools
-from simulator.metrics import Limit
+from simulator.limits import Limit
 from simulator.workload import Requests
 
 LIMITS = (Limit("ttft", "p99", 10.0),)

@@ -16,7 +16,7 @@ from planner.search import Search
 from planner.shortlist import shortlist
 from planner.space import Choices
 from planner.trial import attempt
-from simulator.metrics import Limit
+from simulator.limits import Limit
 from simulator.workload import Requests, mix
 
 LIMITS = (Limit("ttft", "p99", 2.0), Limit("tpot", "p99", 0.05))

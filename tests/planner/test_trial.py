@@ -17,7 +17,7 @@ from planner.plan import Pool
 from planner.trial import Extremes, attempt, capacity
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.errors import TraceError
-from simulator.metrics import Limit
+from simulator.limits import Limit
 from simulator.routers import ROUTERS
 from simulator.scheduler import Policy
 from simulator.simulate import run

@@ -14,18 +14,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from simulator.distribution import Distribution
 from simulator.errors import MetricError
-from simulator.metrics import (
-    Distribution,
-    Limit,
-    Window,
-    attainment,
-    itl,
-    meets,
-    parse_limit,
-    replicate,
-    summarize,
-)
+from simulator.itl import itl
+from simulator.limits import Limit, attainment, parse_limit
+from simulator.metrics import Window, meets, replicate, summarize
 from simulator.result import Result, RunTotals, latencies, request_frame, span_frame, step_frame
 from simulator.simulate import simulate
 
