@@ -46,6 +46,22 @@ _PlainLoader.add_implicit_resolver(
 )
 
 
+def plain(text: str) -> Any:
+    """What a YAML text says; ValueError for one that is broken or uses tags, anchors or repeated keys."""
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """The text in one line of at most `most` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in the YAML file at `path`.
 
@@ -53,15 +69,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        data = yaml.load(text, Loader=_PlainLoader)
+        data = plain(text)
     except OSError as error:
         raise ProfileError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     except UnicodeDecodeError:
         raise ProfileError(f"{path}: is not UTF-8 text; expected a YAML mapping") from None
-    except RecursionError:
-        raise ProfileError(f"{path}: is nested too deeply; expected a plain YAML mapping") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ProfileError(f"{path}: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ProfileError(f"{path}: {shortened(str(error))}; expected a plain YAML mapping") from None
     if not isinstance(data, dict):
         raise ProfileError(f"{path}: is a {type(data).__name__}; expected a YAML mapping (key: value lines)")
     return data

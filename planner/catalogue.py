@@ -137,6 +137,12 @@ class Catalogue:
             block_tokens=pool.block_tokens,
         )
 
+    def require_fit(self, pool: Pool) -> Memory:
+        """Memory of the pool's fullest rank; raises OutOfMemoryError unless one KV block fits beside the weights."""
+        memory, tokens = self.memory(pool), pool.block_tokens
+        require_fit(memory, self.model, mapping_of(pool), self.cluster.device, tokens, tokens)
+        return memory
+
     def replica(self, pool: Pool, *, share: float = 1.0, with_work: bool = False) -> ReplicaSpec:
         """One replica of the pool, ready to simulate.
 
@@ -145,8 +151,7 @@ class Catalogue:
         mapping, precision, scheduler = mapping_of(pool), precision_of(pool), scheduler_of(pool)
         self.check(mapping, precision)
         self.reserve(pool.token_budget, pool.max_seqs)
-        memory = self.memory(pool)
-        require_fit(memory, self.model, mapping, self.cluster.device, pool.block_tokens, pool.block_tokens)
+        memory = self.require_fit(pool)
         return ReplicaSpec(
             model=self.step_model(mapping, precision),
             mapping=mapping,

@@ -14,6 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from hwmodels.mapping import DTYPE_BYTES
+from hwmodels.yamlfiles import plain, shortened
 from planner.errors import PlanError
 from planner.plan import Plan, Pool
 from simulator.errors import SaveError
@@ -120,15 +121,9 @@ def _load(source: str) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise PlanError(f"{source}: is not UTF-8 text, expected a plan file in YAML") from None
     try:
-        data = yaml.safe_load(text)
-    except yaml.constructor.ConstructorError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise PlanError(f"{source}: line {line}: {error.problem}, expected plain YAML without tags") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise PlanError(f"{source}: {where}{problem}, expected YAML") from None
+        data = plain(text)
+    except ValueError as error:
+        raise PlanError(f"{source}: {shortened(str(error))}, expected YAML") from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         kind = "empty" if data is None else "not a mapping of names"
         raise PlanError(f"{source}: is {kind}, expected keys such as {', '.join(_KEYS[Plan][:4])}")

@@ -183,7 +183,7 @@ class Search:
         question, candidates = self.question, self.list.candidates
         with Workers(self._perform, question.jobs or available_cpus()) as workers:
             kinds = self._survey(workers)
-            self._take(workers, [Task(candidate, None) for candidate in kinds[:SURVEYED]])
+            self._measure_kinds(workers, kinds[:SURVEYED])
             order = sorted(candidates, key=self._kind_score, reverse=True)
             while tasks := self._round(order):
                 if self.ranked and self.late(0.9):
@@ -234,6 +234,13 @@ class Search:
             for task, outcome in zip(tasks, workers.map(tasks), strict=True):
                 self.kinds[task.candidate.kind] = outcome.found.score if outcome.found else 0.0
         return sorted((c for c in order if c.kind in self.kinds), key=lambda c: -self.kinds[c.kind])
+
+    def _measure_kinds(self, workers: Workers[Task | Plan, Outcome], kinds: list[Candidate]) -> None:
+        """Simulate the best kinds in full, all at once, or one after the other when time is short."""
+        for some in batched(kinds, 1 if self.late(0.4) else SURVEYED):
+            if self.ranked and self.late(0.9):
+                break
+            self._take(workers, [Task(candidate, None) for candidate in some])
 
     def _round_off(self, workers: Workers[Task | Plan, Outcome], kinds: list[Candidate]) -> None:
         """With time left, find out what the other ways to cut the model reach, for a ranking worth the name."""
@@ -334,6 +341,7 @@ class Search:
                 guess_per_s=self._guess(task),
                 beat=task.beat is not None,
                 tolerance=max(question.tolerance, ROUGH_TOLERANCE) if task.rough else question.tolerance,
+                until_s=self.started + question.seconds,
             )
             if best is None or (question.rate_per_s is not None and best.rate_per_s < question.rate_per_s):
                 return Outcome(None, trials)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -157,6 +158,7 @@ def capacity(
     guess_per_s: float,
     beat: bool = False,
     tolerance: float = 0.02,
+    until_s: float = float("inf"),
 ) -> tuple[Trial | None, list[Trial]]:
     """The trial at the highest rate within the limits, and all trials made: bisection with the same requests.
 
@@ -164,6 +166,7 @@ def capacity(
     guess_per_s     where to start
     beat            whether breaking a limit at the guess settles it: the answer then is None after one trial
     tolerance       relative width at which the bisection ends
+    until_s         value of time.perf_counter() from which on a rate that was kept is good enough
     """
     trials: list[Trial] = []
 
@@ -176,7 +179,7 @@ def capacity(
     if meets(rate):
         low = rate
         step = 1.1
-        while low < high and meets(min(high, low * step)):
+        while low < high and time.perf_counter() < until_s and meets(min(high, low * step)):
             low = min(high, low * step)
             step = min(2.0, step * step)
         high = min(high, low * step)
@@ -187,11 +190,11 @@ def capacity(
         while not low:
             high, rate = rate, rate / step
             step = min(2.0, step * step)
-            if rate < at_most_per_s / 256:
+            if rate < at_most_per_s / 256 or (len(trials) > 3 and time.perf_counter() > until_s):
                 return None, trials
             if meets(rate):
                 low = rate
-    while high - low > tolerance * low:
+    while high - low > tolerance * low and time.perf_counter() < until_s:
         middle = (low + high) / 2
         if meets(middle):
             low = middle

@@ -181,7 +181,7 @@ def plan_command(
     given = {"seconds": seconds, "tolerance": tolerance}
     hardware, gpus = hardware or questions.HARDWARE, gpus or questions.GPUS
     question = Question(
-        model=model or questions.MODEL,
+        model=questions.located(model or questions.MODEL),
         hardware=hardware,
         gpus=gpus,
         requests=traffic.requests(seed),
@@ -334,15 +334,14 @@ def export_command(
     as_json: Json = False,
 ) -> None:
     """Print the files that launch the plan; what the engine does differently goes to standard error."""
-    from hwmodels.hardware import load_cluster
     from planner.export import export
-    from planner.planfile import read_plan
-    from ui import jsonout, saving, words
+    from ui import jsonout, questions, saving, words
 
     saving.require_writable(save)
-    chosen = read_plan(plan)
-    cluster = load_cluster(chosen.hardware, chosen.gpus)
-    exported = export(chosen, engine or chosen.engine, cluster.gpus_per_node)
+    chosen, catalogue = questions.opened(plan)
+    for pool in chosen.pools:
+        catalogue.require_fit(pool)
+    exported = export(chosen, engine or chosen.engine, catalogue.cluster.gpus_per_node)
     if save is not None:
         saving.write_launch_files(save, exported.files)
     if as_json:

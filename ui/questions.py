@@ -148,6 +148,11 @@ def check_rate(question: Question) -> None:
         )
 
 
+def located(model: str) -> str:
+    """A model's name as it is, a path made absolute, so that a saved plan can be used from any folder."""
+    return str(Path(model).resolve()) if model.endswith(".json") or "/" in model else model
+
+
 def opened(path: Path) -> tuple[Plan, Catalogue]:
     """A plan file and what its plan is made of; raises a ShardwiseError for one that cannot be simulated."""
     plan = read_plan(path)

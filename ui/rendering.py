@@ -66,7 +66,8 @@ def say(out: Console, text: str, style: str = "") -> None:
 def show_plan(out: Console, result: SearchResult, traffic: str, metrics: Metrics, totals: RunTotals) -> None:
     """The ranking, the best plan in words and numbers, what was looked at, and the Pareto front."""
     question, best = result.question, result.best
-    demand = "the highest rate" if question.rate_per_s is None else f"{question.rate_per_s:g} requests/s"
+    capacity_asked = question.objective == "goodput-per-gpu" and question.rate_per_s is None
+    demand = "the highest rate" if capacity_asked else f"{question.demanded_per_s:.3g} requests/s"
     promised = ", ".join(map(str, question.limits)) or "no limits"
     say(
         out,
@@ -85,7 +86,7 @@ def show_plan(out: Console, result: SearchResult, traffic: str, metrics: Metrics
              *map(number, (p.rate_per_s, p.tokens_per_s_per_gpu, p.tokens_per_s_per_user))]
             for p in result.points
         ]  # fmt: skip
-        columns = ["plan", "scheduling", "requests/s", "tokens/s per GPU", "tokens/s per user"]
+        columns = ["plan", "scheduling", "offered/s", "tokens/s per GPU", "tokens/s per user"]
         show_table(out, "Pareto front of the points simulated within the limits", columns, points, words=2)
     evidence = ", ".join(f"{source} {percent(share)}" for source, share in result.evidence.items())
     say(out, f"Step times rest on: {evidence}. Searched for {seconds(result.wall_s)}.")
@@ -108,7 +109,7 @@ def _show_ranking(out: Console, result: SearchResult) -> None:
         columns["idle"] = [str(gpus) for gpus in idle]
     if any(ranked.capacity_per_s is not None for ranked in ranking):
         columns["per GPU"] = [number(ranked.value) for ranked in ranking]
-        columns["requests/s"] = [number(ranked.capacity_per_s) for ranked in ranking]
+        columns["goodput/s"] = [number(ranked.capacity_per_s) for ranked in ranking]
     else:
         columns["value"] = [number(ranked.value) for ranked in ranking]
     for position, limit in enumerate(limits):
@@ -122,7 +123,7 @@ def _worth(result: SearchResult) -> str:
     best = result.best
     text = f"{number(best.value)} {result.unit}"
     if best.capacity_per_s is not None:
-        text += f", {number(best.capacity_per_s)} requests/s in all"
+        text += f", {number(best.capacity_per_s)} requests/s in all when offered the highest rate that keeps them"
     ties = sum(ranked.tie for ranked in result.ranked)
     if ties:
         others = "other plan is" if ties == 1 else "other plans are"
