@@ -37,11 +37,15 @@ class ReplicaSpec:
     work: Work | None = None
     arithmetic_dtype: str = "bf16"
 
+    @property
+    def lanes(self) -> int:
+        """Schedulers, each with its own KV blocks: one for every pipeline stage or attention group."""
+        return self.mapping.pp * self.mapping.attention_dp
+
     def start(self, prompts: list[int], outputs: list[int], log: Log, index: int) -> AnyReplica:
         """A fresh replica that serves requests from the given lists and writes to `log`."""
         mapping = self.mapping
-        lanes = mapping.pp * mapping.attention_dp
-        schedulers = [Scheduler(self.scheduler, self.kv_blocks, prompts, outputs) for _ in range(lanes)]
+        schedulers = [Scheduler(self.scheduler, self.kv_blocks, prompts, outputs) for _ in range(self.lanes)]
         kind: type[Replica] | type[LockstepReplica] | type[PipelineReplica] = Replica
         if mapping.pp > 1:
             kind = PipelineReplica

@@ -97,8 +97,8 @@ class Metrics:
 
     duration_s                       what rates are taken over: the makespan, or the window's length
     overall, classes                 all requests, and those of each SLO class
-    mfu, mbu                         shares of the peak arithmetic and memory bandwidth of all devices, whole run
-    kv_use_mean, kv_use_max          share of the KV blocks held by running steps: over time and lanes, and at most
+    mfu, mbu                         shares of the peak arithmetic and memory bandwidth of the devices with replicas
+    kv_use_mean, kv_use_max          share of KV blocks held by running steps: over time and blocks, and of any lane
     queue_mean, queue_max            requests that have arrived and were never scheduled: over time, and at most
     j_per_output_token               energy of all devices, idle time included, per output token, whole run
     usd_per_million_output_tokens    rent of all devices at the measured output rate
@@ -258,18 +258,16 @@ def _tokens(frame: pd.DataFrame, window: tuple[float, float] | None) -> tuple[Fl
 
 
 def _kv_use(result: Result, start_s: float, end_s: float) -> tuple[float, float]:
-    """Mean over time and lanes, and maximum, of the share of KV blocks held."""
+    """Mean over time and blocks of the share of KV blocks held, and the largest share of any lane."""
     steps, totals = result.steps, result.totals
-    if steps is None or steps.empty or totals.kv_blocks <= 0 or end_s <= start_s:
+    pools, lanes = np.array(totals.kv_blocks), np.array(totals.lanes)
+    if steps is None or steps.empty or not pools.all() or end_s <= start_s:
         return math.nan, math.nan
-    lanes = np.zeros(max(totals.replicas, int(steps["replica"].max()) + 1), dtype=np.int64)
-    np.maximum.at(lanes, steps["replica"].to_numpy(), steps["lane"].to_numpy(np.int64) + 1)
-    lanes[lanes == 0] = lanes.max()  # a replica that never ran looks like the others
-    held = steps["kv_blocks"].to_numpy()
+    share = steps["kv_blocks"].to_numpy() / pools[steps["replica"].to_numpy()]
     begin_s, stop_s = steps["start_s"].to_numpy(), steps["end_s"].to_numpy()
     inside_s = np.maximum(np.minimum(stop_s, end_s) - np.maximum(begin_s, start_s), 0.0)
-    mean = float(held @ inside_s) / (totals.kv_blocks * int(lanes.sum()) * (end_s - start_s))
-    return mean, float(held[inside_s > 0].max(initial=0)) / totals.kv_blocks
+    mean = float(steps["kv_blocks"].to_numpy() @ inside_s) / (int(lanes @ pools) * (end_s - start_s))
+    return mean, float(share[inside_s > 0].max(initial=0))
 
 
 def _queue(frame: pd.DataFrame, start_s: float, end_s: float) -> tuple[float, int]:

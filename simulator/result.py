@@ -49,8 +49,8 @@ class RunTotals:
     hbm_bytes            device memory traffic
     energy_j             of all devices, idle time included
     price_usd_per_h      of all devices; None when not known
-    peak_flops_per_s, memory_bytes_per_s   of all devices together, in the formats used
-    kv_blocks            KV pool of one lane
+    peak_flops_per_s, memory_bytes_per_s   of the devices that hold replicas together, in the formats used
+    lanes, kv_blocks     schedulers of each replica, and the KV pool of each of these
     seed, events         what the run was drawn from, and scheduling decisions taken
     """
 
@@ -63,7 +63,8 @@ class RunTotals:
     price_usd_per_h: float | None
     peak_flops_per_s: float
     memory_bytes_per_s: float
-    kv_blocks: int
+    lanes: tuple[int, ...]
+    kv_blocks: tuple[int, ...]
     seed: int
     events: int
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from functools import partial
 from math import inf
 
 import numpy as np
@@ -107,14 +108,15 @@ def _serve(
             env.process(_alone(env, replica, requests.arrival_s[mine].tolist(), mine.tolist(), look))
         env.run()
         return
+    loads = [_Load() for _ in replicas]
     if router.assign is not None:
         fixed = iter(router.assign(len(requests), shares, rng).tolist())
         route = lambda: next(fixed)  # noqa: E731
     else:
         choose = router.choose
         assert choose is not None
-        route = lambda: choose(replicas, shares, rng)  # noqa: E731
-    together = _Together(env, replicas, route, workload, log, look)
+        route = lambda: choose(loads, shares, rng)  # noqa: E731
+    together = _Together(env, replicas, loads, route, workload, log, look)
     together.start()
     env.run()
     log.arrival_s = np.array(together.arrival_s)
@@ -161,6 +163,13 @@ def _alone(
     look(events)
 
 
+@dataclass(slots=True)
+class _Load:
+    """A replica as a router sees it."""
+
+    outstanding_tokens: int = 0
+
+
 class _Together:
     """Replicas that affect each other: a router that looks at loads, or clients that wait for their answers."""
 
@@ -168,6 +177,7 @@ class _Together:
         self,
         env: simpy.Environment,
         replicas: Sequence[AnyReplica],
+        loads: Sequence[_Load],
         route: Callable[[], int],
         workload: Workload,
         log: Log,
@@ -175,21 +185,24 @@ class _Together:
     ) -> None:
         self.env = env
         self.replicas = replicas
+        self.loads = loads
         self.route = route
         self.log = log
         self.look = look
         self.closed = workload.concurrency is not None
         self.think_s = workload.think_s
         self.arrival_s = workload.requests.arrival_s.tolist()
+        self.prompts = workload.requests.prompt_tokens.tolist()
         self.coming = iter(range(len(workload.requests)))
         self.first = workload.concurrency or 1
         self.pending = [False] * len(replicas)  # whether a replica is about to plan at this very instant
         self.version = [0] * len(replicas)  # outdated wake-ups are ignored
+        self.commits = 0
 
     def start(self) -> None:
         """Let the first requests in."""
-        for request in islice(self.coming, self.first):
-            self._arrives(request, 0.0 if self.closed else self.arrival_s[request])
+        for request in range(min(self.first, len(self.arrival_s))):
+            self._arrives(0.0 if self.closed else self.arrival_s[request])
 
     def _at(self, when_s: float, priority: EventPriority, act: Callable[[], None]) -> None:
         """Call `act` at an absolute time; arrivals come before decisions of the same instant."""
@@ -199,11 +212,14 @@ class _Together:
         event._value = None
         self.env.schedule(event, priority=priority, delay=max(0.0, when_s - self.env.now))
 
-    def _arrives(self, request: int, when_s: float) -> None:
-        self.arrival_s[request] = when_s
-        self._at(when_s, URGENT, lambda: self._arrive(request, when_s))
+    def _arrives(self, when_s: float) -> None:
+        self._at(when_s, URGENT, lambda: self._arrive(when_s))
 
-    def _arrive(self, request: int, now_s: float) -> None:
+    def _arrive(self, now_s: float) -> None:
+        request = next(self.coming, None)
+        if request is None:
+            return
+        self.arrival_s[request] = now_s
         index = self.route()
         replica = self.replicas[index]
         before = replica.end
@@ -213,15 +229,19 @@ class _Together:
             self._plan_at(index, now_s)
         elif replica.end != before:
             self._wake_at(index, replica.end)
-        if not self.closed:
-            for following in islice(self.coming, 1):
-                self._arrives(following, self.arrival_s[following])
-        elif len(self.log.rejected) > rejected:
-            self._next_client(now_s)
+        accepted = len(self.log.rejected) == rejected
+        if accepted:
+            self.loads[index].outstanding_tokens += self.prompts[request]
+        if self.closed:
+            if not accepted:
+                self._arrives(now_s + self.think_s)
+        elif request + 1 < len(self.arrival_s):
+            self._arrives(self.arrival_s[request + 1])
 
-    def _next_client(self, now_s: float) -> None:
-        for request in islice(self.coming, 1):
-            self._arrives(request, now_s + self.think_s)
+    def _leave(self, index: int, request: int, now_s: float) -> None:
+        self.loads[index].outstanding_tokens -= self.prompts[request]
+        if self.closed:
+            self._arrives(now_s + self.think_s)
 
     def _plan_at(self, index: int, when_s: float) -> None:
         if not self.pending[index]:
@@ -243,9 +263,13 @@ class _Together:
             return
         replica = self.replicas[index]
         for request in replica.commit():
-            if self.closed:
-                self._next_client(self.log.finish_s[request])
-        if self.log.events % STRIDE == 0:
+            finish_s = self.log.finish_s[request]
+            if finish_s > replica.now:  # on its way through the stages of a pipeline
+                self._at(finish_s, URGENT, partial(self._leave, index, request, finish_s))
+            else:
+                self._leave(index, request, finish_s)
+        self.commits += 1
+        if self.commits % STRIDE == 0:
             self.look(STRIDE)
         self._plan_at(index, replica.now)
 
@@ -296,7 +320,8 @@ def collect(deployment: Deployment, workload: Workload | Requests, log: Log, see
             spec.mapping.gpus * spec.device.peak_flops_per_s[spec.arithmetic_dtype] for spec in deployment.replicas
         ),
         memory_bytes_per_s=sum(device.memory_bytes_per_s * gpus for device, gpus in devices),
-        kv_blocks=max((spec.kv_blocks for spec in deployment.replicas), default=0),
+        lanes=tuple(spec.lanes for spec in deployment.replicas),
+        kv_blocks=tuple(spec.kv_blocks for spec in deployment.replicas),
         seed=seed,
         events=log.events,
     )
@@ -321,18 +346,15 @@ def _consumption(
         names = ("decode_sequences", "decode_context_tokens", "prefill_tokens", "prefill_pairs", "prefill_sequences")
         steps = Steps(columns["steps"][mine], *(columns[name][mine] for name in names))
         step_flops, step_bytes = work.of(steps)
-        # A lane keeps its tensor-parallel ranks busy; the lanes of a pipeline take turns on its stages.
-        ranks = mapping.tp
+        # A lane keeps its tensor-parallel ranks busy, in a pipeline those of one stage after the other.
         busy_s = (columns["end_s"] - columns["start_s"])[mine]
-        stages = mapping.pp
-        on_s = np.maximum(busy_s, 1e-12) * ranks
+        on_s = np.maximum(busy_s, 1e-12) * mapping.tp
         compute = step_flops / (on_s * device.peak_flops_per_s[spec.arithmetic_dtype])
         memory = step_bytes / (on_s * device.memory_bytes_per_s)
         power = power_w(device, np.minimum(compute, 1.0), np.minimum(memory, 1.0)) - device.idle_w
         flops += float(step_flops.sum())
         moved += float(step_bytes.sum())
-        share = 1.0 / stages if stages > 1 else 1.0
-        joules += float((power * busy_s).sum()) * ranks * stages * share + device.idle_w * mapping.gpus * makespan_s
+        joules += float((power * busy_s).sum()) * mapping.tp + device.idle_w * mapping.gpus * makespan_s
     if deployment.replicas:
         joules += deployment.idle_gpus * deployment.replicas[0].device.idle_w * makespan_s
     return flops, moved, joules

@@ -26,7 +26,7 @@ shardwise simulate
                  overall: requests, finished, rejected, preemptions, ttft_s, tpot_s, itl_s and e2e_s as {count, mean,
                  p50, p90, p95, p99}, slo_attainment, goodput_requests_per_s, output_tokens_per_s, total_tokens_per_s
     totals       gpus, replicas, makespan_s, model_flops, hbm_bytes, energy_j, price_usd_per_h, peak_flops_per_s,
-                 memory_bytes_per_s, kv_blocks, seed, events
+                 memory_bytes_per_s, lanes and kv_blocks (by replica), seed, events
     limits       {limit: whether the measured requests keep it together}, empty without limits
     replications {metric: {mean, half_width, runs}} of a 95 % interval; null for a single run
     wall_s       of the simulation

@@ -41,7 +41,8 @@ def totals(**changes: object) -> RunTotals:
         "price_usd_per_h": 36.0,
         "peak_flops_per_s": 1e15,
         "memory_bytes_per_s": 4e12,
-        "kv_blocks": 100,
+        "lanes": (1, 1),
+        "kv_blocks": (100, 100),
         "seed": 0,
         "events": 0,
     }
@@ -265,7 +266,7 @@ def lanes(draw: st.DrawFn) -> tuple[Result, list[list[float]]]:
     order = rng.permutation(len(steps))  # rows of different lanes come in any order
     log = step_frame(np.array(steps)[order].ravel())
     kept = span_frame([span for span in spans if span[0] in interrupted])
-    return Result(frame, log, kept, totals(kv_blocks=0)), tokens
+    return Result(frame, log, kept, totals(kv_blocks=(0, 0))), tokens
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
@@ -395,7 +396,7 @@ def test_the_summary_of_four_requests_by_hand() -> None:
     assert overall.itl_s.count == 0
 
 
-def test_kv_use_is_over_time_and_lanes() -> None:
+def test_kv_use_is_over_time_and_blocks() -> None:
     result = by_hand()
     idle = result.requests.assign(finish_s=nan)  # no tokens to look for in the steps
     metrics = summarize(Result(idle, result.steps, result.spans, result.totals))

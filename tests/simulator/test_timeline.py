@@ -26,7 +26,8 @@ TOTALS = RunTotals(
     price_usd_per_h=None,
     peak_flops_per_s=1.0,
     memory_bytes_per_s=1.0,
-    kv_blocks=10,
+    lanes=(1,),
+    kv_blocks=(10,),
     seed=0,
     events=0,
 )
