@@ -169,7 +169,7 @@ class Catalogue:
         for pool in plan.pools:
             share = float(pool.gpus_per_replica) if pool.share is None else pool.share
             specs += [self.replica(pool, share=share, with_work=with_work)] * pool.replicas
-        return Deployment(specs, ROUTERS[plan.router], idle_gpus=plan.gpus - plan.gpus_used)
+        return Deployment(specs, ROUTERS[plan.router])
 
 
 def format_problem(cluster: Cluster, precision: Precision) -> str | None:

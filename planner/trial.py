@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.plan import Pool
+from simulator.collect import collect
 from simulator.deployment import Deployment
 from simulator.limits import Limit, attainment
 from simulator.log import Log
 from simulator.result import latencies
-from simulator.simulate import Overrun, collect, run
+from simulator.simulate import Overrun, run
 from simulator.workload import Requests
 
 

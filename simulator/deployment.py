@@ -56,14 +56,10 @@ class ReplicaSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deployment:
-    """Replicas behind a router.
-
-    idle_gpus   devices that hold no replica but are paid for and draw idle power
-    """
+    """Replicas behind a router."""
 
     replicas: Sequence[ReplicaSpec]
     router: Router = field(default=round_robin)
-    idle_gpus: int = 0
 
     @property
     def gpus(self) -> int:

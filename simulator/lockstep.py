@@ -66,11 +66,6 @@ class LockstepReplica:
         self._tokens = [0] * groups
         self._sampled = [0] * groups
 
-    @property
-    def outstanding_tokens(self) -> int:
-        """The load a router sees."""
-        return sum(scheduler.outstanding_tokens for scheduler in self.schedulers)
-
     def enqueue(self, request: int, at_s: float) -> None:
         """A request arrives at the group with the fewest unfinished requests."""
         log = self.log

@@ -100,8 +100,8 @@ class Metrics:
     mfu, mbu                         shares of the peak arithmetic and memory bandwidth of the devices with replicas
     kv_use_mean, kv_use_max          share of KV blocks held by running steps: over time and blocks, and of any lane
     queue_mean, queue_max            requests that have arrived and were never scheduled: over time, and at most
-    j_per_output_token               energy of all devices, idle time included, per output token, whole run
-    usd_per_million_output_tokens    rent of all devices at the measured output rate
+    j_per_output_token               energy of the devices with replicas per output token, whole run
+    usd_per_million_output_tokens    rent of the devices with replicas at the measured output rate
     NaN where the run does not tell: without recorded steps, without a price, without tokens.
     """
 

@@ -55,11 +55,6 @@ class PipelineReplica:
         self._runs: list[list[tuple[float, float]]] = [[] for _ in schedulers]  # first and slope by stage
         self._transfers = [0.0] * len(schedulers)
 
-    @property
-    def outstanding_tokens(self) -> int:
-        """The load a router sees."""
-        return sum(scheduler.outstanding_tokens for scheduler in self.schedulers)
-
     def enqueue(self, request: int, at_s: float) -> None:
         """A request arrives at the scheduler with the fewest unfinished requests."""
         log = self.log

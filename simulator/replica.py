@@ -74,11 +74,6 @@ class Replica:
         self._first = 0.0
         self._slope = 0.0
 
-    @property
-    def outstanding_tokens(self) -> int:
-        """The load a router sees."""
-        return self.scheduler.outstanding_tokens
-
     def enqueue(self, request: int, at_s: float) -> None:
         """A request arrives: an idle replica can start on it, a jump ends at the next step boundary."""
         log, scheduler = self.log, self.scheduler

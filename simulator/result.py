@@ -43,12 +43,12 @@ _STEP_FLOATS = frozenset({"start_s", "end_s", "slope_s"})
 class RunTotals:
     """Sums over a whole run.
 
-    gpus, replicas       devices of the deployment and model copies on them
+    gpus, replicas       devices that hold replicas, and model copies on them
     makespan_s           last finish - first arrival
     model_flops          arithmetic the model asked for, recomputation after a preemption included
     hbm_bytes            device memory traffic
-    energy_j             of all devices, idle time included
-    price_usd_per_h      of all devices; None when not known
+    energy_j             of the devices that hold replicas, their idle time included
+    price_usd_per_h      of the same devices; None when not known
     peak_flops_per_s, memory_bytes_per_s   of the devices that hold replicas together, in the formats used
     lanes, kv_blocks     schedulers of each replica, and the KV pool of each of these
     seed, events         what the run was drawn from, and scheduling decisions taken

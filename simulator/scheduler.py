@@ -86,7 +86,6 @@ class Scheduler:
         "limited",
         "longest_tokens",
         "outputs",
-        "outstanding_tokens",
         "peak_blocks",
         "peak_seqs",
         "preempted",
@@ -106,7 +105,6 @@ class Scheduler:
         self.prompts = prompts
         self.outputs = outputs
         self.waiting: deque[int] = deque()
-        self.outstanding_tokens = 0  # prompt tokens of its unfinished requests: the load a router sees
         self.unfinished = 0
         self.reserved = 0  # blocks its admitted sequences will hold when they end: nothing is scarce while they fit
         self.steps = 0
@@ -143,11 +141,9 @@ class Scheduler:
 
     def offer(self, request: int) -> bool:
         """Put a request at the end of the queue; False if it could never run here."""
-        prompt = self.prompts[request]
-        if prompt + self.outputs[request] > self.longest_tokens:
+        if self.prompts[request] + self.outputs[request] > self.longest_tokens:
             return False
         self.waiting.append(request)
-        self.outstanding_tokens += prompt
         self.unfinished += 1
         return True
 
@@ -238,10 +234,8 @@ class Scheduler:
                 if finish_at.get(request) == at:
                     del finish_at[request]
                     finished.append(request)
-                    prompt = self.prompts[request]
-                    self.outstanding_tokens -= prompt
                     if not self._padded:
-                        cached = prompt + self.outputs[request] - 1
+                        cached = self.prompts[request] + self.outputs[request] - 1
                         self.running -= 1
                         self.context_offset -= cached - at
                         self._needs[(at - cached) % block] -= 1
@@ -272,7 +266,6 @@ class Scheduler:
                     self._needs[(now - target) % block] += 1
                 else:
                     finished.append(request)
-                    self.outstanding_tokens -= prompts[request]
                     if self._padded:
                         self.running += 1
                         self.context_offset += target - now

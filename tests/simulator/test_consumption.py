@@ -71,12 +71,13 @@ def test_power_lies_between_idle_and_peak_and_shares_below_one(dense: Catalogue,
     assert idle_j < totals.energy_j < idle_j + used * (device.tdp_w - device.idle_w) * totals.makespan_s
 
 
-def test_devices_without_requests_draw_idle_power(dense: Catalogue) -> None:
-    """One request: the second replica never runs, nor do the devices without one."""
+def test_a_replica_without_requests_draws_idle_power(dense: Catalogue) -> None:
+    """One request: the second replica never runs, and devices without a replica are not counted."""
     one = Requests(np.zeros(1), np.array([500]), np.array([50]))
     alone, pair = (served(dense, one, Pool(count, **SCHEDULE)).totals for count in (1, 2))
-    assert (alone.gpus, alone.lanes, pair.lanes) == (GPUS, (1,), (1, 1))
-    assert pair.energy_j == pytest.approx(alone.energy_j)
+    assert (alone.gpus, alone.lanes, pair.lanes) == (1, (1,), (1, 1))
+    idle_j = dense.cluster.device.idle_w * pair.makespan_s
+    assert pair.energy_j == pytest.approx(alone.energy_j + idle_j)
     assert pair.model_flops == pytest.approx(alone.model_flops)
     assert pair.peak_flops_per_s == pytest.approx(2 * alone.peak_flops_per_s)
 

@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hwmodels.mapping import Mapping
+from simulator.collect import collect
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.itl import itl
 from simulator.result import Result
 from simulator.routers import ROUTERS
-from simulator.simulate import collect, run
+from simulator.simulate import run
 from simulator.workload import Workload
 
 
