@@ -12,7 +12,7 @@ from simulator.scheduler import Scheduler
 
 
 class Log:
-    """Times by request index, NaN until known; segments (rows of simulator.result.STEP_COLUMNS) when `record` is set.
+    """Times by request index, NaN until known, in plain arrays; segments (rows of simulator.result.STEP_COLUMNS) when `record` is set.
 
     limited, peak_seqs, peak_blocks   which of "kv", "seqs" and "tokens" ever held a scheduler back, and the most
                                       sequences one ran, and KV blocks these would have held at their ends
@@ -41,11 +41,11 @@ class Log:
     def __init__(self, requests: int, *, record: bool) -> None:
         nan = float("nan")
         self.arrival_s: NDArray[np.float64] = np.empty(0)
-        self.first_schedule_s = [nan] * requests
-        self.first_token_s = [nan] * requests
-        self.finish_s = [nan] * requests
-        self.replica = [-1] * requests
-        self.lane = [0] * requests
+        self.first_schedule_s = array("d", [nan]) * requests
+        self.first_token_s = array("d", [nan]) * requests
+        self.finish_s = array("d", [nan]) * requests
+        self.replica = array("i", [-1]) * requests
+        self.lane = array("i", [0]) * requests
         self.rejected: list[int] = []
         self.preemptions: dict[int, int] = {}
         self.segments = array("d") if record else None
