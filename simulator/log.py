@@ -12,7 +12,9 @@ from simulator.scheduler import Scheduler
 
 
 class Log:
-    """Times by request index, NaN until known, in plain arrays; segments (rows of simulator.result.STEP_COLUMNS) when `record` is set.
+    """Times by request index, NaN until known; segments (rows of simulator.result.STEP_COLUMNS) when `record` is set.
+
+    All in plain arrays, which stay small and quick up to millions of requests.
 
     limited, peak_seqs, peak_blocks   which of "kv", "seqs" and "tokens" ever held a scheduler back, and the most
                                       sequences one ran, and KV blocks these would have held at their ends
