@@ -6,7 +6,6 @@ Every token count may be a numpy array: one operator then stands for the same op
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -371,14 +370,3 @@ def language_model_head(model: ModelShape, sampled: Array, tp: int) -> list[Oper
     if tp > 1:
         ops.append(Communication("logits all-gather", "all-gather", "tp", sampled * model.vocab * 2.0))
     return ops
-
-
-def describe(operator: Operator) -> dict[str, Any]:
-    """The operator as one flat row: name, kind, launches, FLOPs and bytes per launch."""
-    return {
-        "operator": operator.name,
-        "kind": type(operator).__name__ if not isinstance(operator, Communication) else operator.kind,
-        "count": operator.count,
-        "flops": float(np.sum(operator.flops)),
-        "bytes": float(np.sum(operator.bytes)),
-    }

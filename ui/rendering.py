@@ -133,10 +133,10 @@ def _worth(result: SearchResult) -> str:
 
 def _searched(result: SearchResult) -> str:
     pruned = "; ".join(
-        f"{count:,} by '{law}'" for law, count in sorted(result.pruned.items(), key=lambda item: -item[1])
+        f"{count:,} break '{law}'" for law, count in sorted(result.pruned.items(), key=lambda item: -item[1])
     )
     return (
-        f"Considered {result.considered:,} plans: {sum(result.pruned.values()):,} pruned ({pruned or 'none'}), "
+        f"Considered {result.considered:,} plans: {sum(result.pruned.values()):,} pruned by law ({pruned or 'none'}), "
         f"{result.simulated:,} simulated in {result.trials:,} runs, {result.untried:,} untried."
     )
 

@@ -11,8 +11,8 @@ from hwmodels import operators as ops
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.operators import AttentionCore, Communication, Gemm, GroupedGemm
-from hwmodels.shape import Attention, FeedForward, Latent, attention_parameters, feed_forward_parameters
-from hwmodels.step_model import decode_operators, linear_operators, prefill_operators, shared_operators
+from hwmodels.shape import Attention, Latent, attention_parameters, feed_forward_parameters
+from hwmodels.step_model import decode_operators, linear_operators, shared_operators
 
 BF16 = Precision()
 ONE = Mapping()
@@ -269,19 +269,3 @@ def test_arrays_stand_for_single_values():
         ):
             assert float(one.bytes) == pytest.approx(float(np.broadcast_to(all_.bytes, (3,))[i]), rel=1e-12)
             assert float(one.flops) == pytest.approx(float(np.broadcast_to(all_.flops, (3,))[i]), rel=1e-12)
-
-
-def test_describe_is_one_flat_row():
-    model = load_model("llama-3.2-1b")
-    found = prefill_operators(model.layers, number(4), number(0), ONE, BF16)
-    assert [ops.describe(op) for op in found] == [
-        {
-            "operator": "prefill attention",
-            "kind": "AttentionCore",
-            "count": 16,
-            "flops": 10 * 4 * 32 * 64,
-            "bytes": 4 * 8 * 128 * 2 + 4 * 32 * 128 * 2,
-        }
-    ]
-    gated = ops.dense_feed_forward(model, FeedForward(8), number(1), 2, BF16, 1)
-    assert ops.describe(gated[-1])["kind"] == "all-reduce"
