@@ -23,3 +23,9 @@ class OutOfMemoryError(ShardwiseError):
     """A model that does not fit; the message says by how many GiB."""
 
     exit_code = 5
+
+
+class MeasurementError(ShardwiseError):
+    """A table of measurements that cannot be used as given, or is not there."""
+
+    exit_code = 6
