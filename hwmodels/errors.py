@@ -28,4 +28,4 @@ class OutOfMemoryError(ShardwiseError):
 class MeasurementError(ShardwiseError):
     """A table of measurements that cannot be used as given, or is not there."""
 
-    exit_code = 6
+    exit_code = 9
