@@ -4,25 +4,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Bytes of one element; the 4-bit formats exclude their group scales (see weight_bytes).
+#: Bytes of one element of what kernels compute with and caches hold; the 4-bit formats exclude their group scales.
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5, "fp4": 0.5}
 
-#: Bytes of scales per 4-bit weight: AWQ/GPTQ int4 one fp16 scale and zero point per 128; NVFP4 one fp8 scale per 16.
-SCALE_BYTES = {"int4": 2.5 / 128, "fp4": 1.0 / 16}
+#: (bytes of one stored weight with its share of the scales, format its products are computed in) by weight format:
+#: fp8 is scaled per tensor or channel, fp8_block per 128 x 128 block; int4 is AWQ/GPTQ (one fp16 scale and zero point
+#: per 128); fp4 is NVFP4 (one fp8 scale per 16) with fp4 activations; mxfp4 has one 8-bit scale per 32. Where the
+#: second is None, products are computed in the format of the activations.
+WEIGHT_FORMATS: dict[str, tuple[float, str | None]] = {
+    "fp32": (4.0, "fp32"),
+    "bf16": (2.0, "bf16"),
+    "fp16": (2.0, "fp16"),
+    "fp8": (1.0, "fp8"),
+    "fp8_block": (1.0 + 4 / 128**2, "fp8"),
+    "int8": (1.0, "int8"),
+    "int4": (0.5 + 2.5 / 128, None),
+    "int4_fp8": (0.5 + 2.5 / 128, "fp8"),
+    "fp4": (0.5 + 1.0 / 16, "fp4"),
+    "mxfp4": (0.5 + 1.0 / 32, None),
+    "mxfp4_fp8": (0.5 + 1.0 / 32, "fp8"),
+}
 
 
 def weight_bytes(dtype: str) -> float:
-    """Bytes of one stored weight, its share of the group scales included."""
-    return DTYPE_BYTES[dtype] + SCALE_BYTES.get(dtype, 0.0)
+    """Bytes of one stored weight, its share of the scales included."""
+    return WEIGHT_FORMATS[dtype][0]
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Number formats of weights, activations (the arithmetic of the GEMMs) and KV cache."""
+    """Number formats of one replica.
+
+    weights, experts   of the stored weights (see WEIGHT_FORMATS), the routed experts' apart; None: as the others
+    activations        the arithmetic of the GEMMs
+    kv                 the KV cache
+    """
 
     weights: str = "bf16"
     activations: str = "bf16"
     kv: str = "bf16"
+    experts: str | None = None
+
+    @property
+    def of_experts(self) -> Precision:
+        """The formats inside the routed experts: the arithmetic follows from the weights where these are apart."""
+        if self.experts is None:
+            return self
+        arithmetic = WEIGHT_FORMATS[self.experts][1] or ("bf16" if self.activations == "fp4" else self.activations)
+        return Precision(self.experts, arithmetic, self.kv)
 
 
 @dataclass(frozen=True, slots=True)

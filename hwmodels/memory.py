@@ -60,30 +60,29 @@ def _attention_share(attention: Attention, hidden: int, tp: int) -> float:
     return (total - kv) / tp + kv * copied
 
 
-def _feed_forward_share(ff: FeedForward, hidden: int, mapping: Mapping) -> float:
-    """Feed-forward parameters on one rank: experts over ep x expert_tp, routers whole, the rest over tp."""
-    total = feed_forward_parameters(ff, hidden)
+def _feed_forward_bytes(ff: FeedForward, hidden: int, mapping: Mapping, precision: Precision) -> float:
+    """Feed-forward weights on one rank: experts over ep x expert_tp, routers whole, the rest over tp."""
+    total, others = feed_forward_parameters(ff, hidden), weight_bytes(precision.weights)
     if not ff.experts:
-        return total / mapping.tp
+        return total / mapping.tp * others
     routed = ff.experts * feed_forward_parameters(FeedForward(ff.intermediate, ff.gated, ff.bias), hidden)
     router = ff.experts * hidden
-    return routed / (mapping.ep * mapping.expert_tp) + router + (total - routed - router) / mapping.tp
+    experts = routed / (mapping.ep * mapping.expert_tp) * weight_bytes(precision.of_experts.weights)
+    return experts + (router + (total - routed - router) / mapping.tp) * others
 
 
 def stage_weight_bytes(
     model: ModelShape, layers: Sequence[Layer], mapping: Mapping, precision: Precision, *, first: bool, last: bool
 ) -> float:
     """Bytes of the weights one rank of a stage keeps; embedding and head stay in 16 bit."""
-    parameters = float(model.other_parameters) if last else 0.0
+    each = weight_bytes(precision.weights)
+    total = each * model.other_parameters if last else 0.0
     for layer, count in Counter(layers).items():
-        parameters += count * (
-            _attention_share(layer.attention, model.hidden, mapping.tp)
-            + _feed_forward_share(layer.feed_forward, model.hidden, mapping)
-            + layer.norm_parameters
-        )
-    table = model.hidden * model.vocab / mapping.tp * max(2.0, DTYPE_BYTES[precision.weights])
+        attention = _attention_share(layer.attention, model.hidden, mapping.tp) + layer.norm_parameters
+        total += count * (each * attention + _feed_forward_bytes(layer.feed_forward, model.hidden, mapping, precision))
+    table = model.hidden * model.vocab / mapping.tp * max(2.0, each)
     tables = int(first) + int(last) - int(first and last and model.tied_embeddings)
-    return parameters * weight_bytes(precision.weights) + tables * table
+    return total + tables * table
 
 
 def activation_elements(model: ModelShape, mapping: Mapping) -> float:

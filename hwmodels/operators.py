@@ -72,6 +72,7 @@ class AttentionCore:
     phase   'prefill' or 'decode'
     heads, kv_heads, qk_dim, value_dim   per rank; latent attention in decode is one KV head of the latent's width
     shared  whether keys and values are the same cached latent (MLA, absorbed)
+    window_tokens   sliding window (pairs and read have it taken into account), None for full attention
     """
 
     name: str
@@ -86,6 +87,7 @@ class AttentionCore:
     shared: bool
     precision: Precision
     count: int = 1
+    window_tokens: int | None = None
 
     @property
     def flops(self) -> Array:
@@ -132,7 +134,59 @@ class Communication:
         return np.zeros_like(self.bytes)
 
 
-Operator = Gemm | GroupedGemm | AttentionCore | Elementwise | Communication
+@dataclass(frozen=True, slots=True, eq=False)
+class Experts:
+    """One rank's routed experts in a fused kernel: permute, up, activation, down, weighted sum.
+
+    tokens         tokens of all ranks that share the experts
+    rows, active   routed rows and touched experts of the busiest rank, expected
+    hidden, intermediate, experts, top_k   of the whole block
+    tp, ep         ranks that share each expert, and groups the experts are spread over
+    """
+
+    name: str
+    tokens: Array
+    rows: Array
+    active: Array
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    tp: int
+    ep: int
+    gated: bool
+    precision: Precision
+    count: int = 1
+
+    @property
+    def parts(self) -> tuple[Elementwise | GroupedGemm, ...]:
+        """The kernels it stands for, each launched once."""
+        p, hidden, rows = self.precision, self.hidden, self.rows
+        element = wire_bytes(p)
+        width = int(np.ceil(self.intermediate / self.tp))
+        up = width * (2 if self.gated else 1)
+        return (
+            Elementwise("permutation", 2.0 * rows * hidden * element),
+            GroupedGemm("expert up projection", rows, self.active, up, hidden, p),
+            Elementwise("expert activation", rows * (up + width) * element),
+            GroupedGemm("expert down projection", rows, self.active, hidden, width, p),
+            Elementwise("weighted sum", 2.0 * rows * hidden * element),
+        )
+
+    @property
+    def flops(self) -> Array:
+        """Of all parts."""
+        total: Array = sum((part.flops for part in self.parts), np.zeros_like(self.rows))
+        return total
+
+    @property
+    def bytes(self) -> Array:
+        """Of all parts."""
+        total: Array = sum((part.bytes for part in self.parts), np.zeros_like(self.rows))
+        return total
+
+
+Operator = Gemm | GroupedGemm | AttentionCore | Elementwise | Communication | Experts
 
 
 def wire_bytes(p: Precision) -> float:
@@ -190,7 +244,7 @@ def decode_attention(
         kv = kv_heads_per_rank(attention, tp)
         return [
             AttentionCore("decode attention", "decode", sequences, context, context, heads, kv,
-                          attention.head_dim, attention.value_dim, False, p, count)
+                          attention.head_dim, attention.value_dim, False, p, count, attention.window_tokens)
         ]  # fmt: skip
     latent = attention.latent
     width = latent.kv_rank + latent.rope_dim
@@ -236,7 +290,7 @@ def prefill_attention(
         kv = kv_heads_per_rank(attention, tp)
         return [
             AttentionCore("prefill attention", "prefill", new, pairs, read, heads, kv,
-                          attention.head_dim, attention.value_dim, False, p, count)
+                          attention.head_dim, attention.value_dim, False, p, count, window)
         ]  # fmt: skip
     latent = attention.latent
     expanded = heads * (attention.head_dim - latent.rope_dim + attention.value_dim)
@@ -313,17 +367,15 @@ def expert_feed_forward(
     rows = busiest_rank_rows(total_tokens * ff.top_k / mapping.ep, mapping.ep)
     touched = expected_active_experts(ff.experts / mapping.ep, rows, ff.experts, ff.top_k, total_tokens)
     active = np.minimum(busiest_rank_experts(touched, ff.experts / mapping.ep, mapping.ep), rows)
-    width = int(np.ceil(ff.intermediate / mapping.expert_tp))
-    up = width * (2 if ff.gated else 1)
     ops: list[Operator] = [
         Elementwise("feed-forward norm", 4.0 * tokens * hidden * element, count),
         Gemm("router", tokens, ff.experts, hidden, Precision("bf16", "bf16", p.kv), count),
-        Elementwise("top-k and permutation", 2.0 * rows * hidden * element, count, kernels=2),
-        GroupedGemm("expert up projection", rows, active, up, hidden, p, count),
-        Elementwise("expert activation", rows * (up + width) * element, count),
-        GroupedGemm("expert down projection", rows, active, hidden, width, p, count),
-        Elementwise("weighted sum", 2.0 * rows * hidden * element, count),
-    ]
+        Elementwise("top-k", 6.0 * tokens * ff.experts, count),
+        Experts(
+            "routed experts", total_tokens, rows, active, hidden, ff.intermediate, ff.experts, ff.top_k,
+            mapping.expert_tp, mapping.ep, ff.gated, p.of_experts, count,
+        ),
+    ]  # fmt: skip
     if ff.shared_intermediate:
         shared = int(np.ceil(ff.shared_intermediate / mapping.tp))
         ops.append(Gemm("shared expert up projection", tokens, shared * (2 if ff.gated else 1), hidden, p, count))
@@ -333,7 +385,9 @@ def expert_feed_forward(
         # Each rank keeps 1/tp of its group's tokens and sends every one to the ranks of its chosen experts
         # (at most ep of them), then gets the partial sums back in bf16.
         sent = tokens / mapping.tp * min(ff.top_k, mapping.ep) * hidden
-        ops.append(Communication("expert dispatch", "all-to-all", "ep", sent * DTYPE_BYTES[p.activations], count))
+        ops.append(
+            Communication("expert dispatch", "all-to-all", "ep", sent * DTYPE_BYTES[p.of_experts.activations], count)
+        )
         ops.append(Communication("expert combine", "all-to-all", "ep", sent * 2.0, count))
         if mapping.expert_tp > 1:
             gathered = rows * hidden

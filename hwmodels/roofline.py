@@ -8,8 +8,8 @@ import numpy as np
 
 from hwmodels.collectives import Collective, compile_collective
 from hwmodels.hardware import Cluster, Device
-from hwmodels.mapping import DTYPE_BYTES, Mapping, Precision
-from hwmodels.operators import Array, AttentionCore, Communication, Elementwise, Gemm, GroupedGemm, Operator
+from hwmodels.mapping import DTYPE_BYTES, Mapping, Precision, weight_bytes
+from hwmodels.operators import Array, AttentionCore, Communication, Elementwise, Experts, Gemm, GroupedGemm, Operator
 
 #: Tile menu relative to the device's GEMM tile: (rows, columns, share of the full tile's rate). A library picks the
 #: fastest; smaller tiles reuse less data per byte loaded into the multiprocessor. Estimated from the ratio of
@@ -46,7 +46,7 @@ def tile_time_s(m: Array, n: float, k: float, products: Array | float, device: D
     """
     e = device.efficiency
     rate = device.peak_flops_per_s[arithmetic_dtype(precision, device)] * e.gemm_mfu / device.compute_units
-    if DTYPE_BYTES[precision.weights] < DTYPE_BYTES[precision.activations]:
+    if weight_bytes(precision.weights) < DTYPE_BYTES[precision.activations]:
         rate *= DEQUANTIZE
     rows, columns = e.gemm_tile
     best: Array = np.full(np.shape(m), np.inf)
@@ -79,8 +79,11 @@ class AnalyticCost:
         """The collective `kind` over the rank group called `group`."""
         return compiled(self.cluster, kind, self.groups[group])
 
-    def kernel_time_s(self, op: Gemm | GroupedGemm | AttentionCore | Elementwise) -> Array:
+    def kernel_time_s(self, op: Gemm | GroupedGemm | AttentionCore | Elementwise | Experts) -> Array:
         """Seconds of one launch; zero where there is nothing to do."""
+        if isinstance(op, Experts):
+            parts: Array = sum((self.kernel_time_s(part) for part in op.parts), np.zeros_like(op.rows))
+            return parts
         device = self.device
         moved = memory_time_s(op.bytes, device)
         launch = device.kernel_launch_s

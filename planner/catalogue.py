@@ -8,7 +8,7 @@ from hwmodels.engine import Engine, load_engine
 from hwmodels.errors import MappingError
 from hwmodels.hardware import Cluster, load_cluster
 from hwmodels.huggingface import load_model
-from hwmodels.mapping import DTYPE_BYTES, Mapping, Precision
+from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, Mapping, Precision, weight_bytes
 from hwmodels.memory import Memory, Sizes, plan_memory, replica_sizes, require_fit
 from hwmodels.roofline import AnalyticCost
 from hwmodels.shape import ModelShape
@@ -27,7 +27,7 @@ def mapping_of(pool: Pool) -> Mapping:
 
 def precision_of(pool: Pool) -> Precision:
     """The number formats of the pool."""
-    return Precision(pool.weights, pool.activations, pool.kv)
+    return Precision(pool.weights, pool.activations, pool.kv, pool.experts)
 
 
 def scheduler_of(pool: Pool) -> SchedulerConfig:
@@ -175,14 +175,18 @@ class Catalogue:
 def format_problem(cluster: Cluster, precision: Precision) -> str | None:
     """Why the device cannot work in these formats; None if it can."""
     device = cluster.device
-    for name in (precision.weights, precision.activations, precision.kv):
+    for name in (precision.weights, precision.experts or precision.weights):
+        if name not in WEIGHT_FORMATS:
+            return f"weights in {name!r}: expected one of {', '.join(WEIGHT_FORMATS)}"
+    for name in (precision.activations, precision.kv):
         if name not in DTYPE_BYTES:
             return f"number format {name!r}: expected one of {', '.join(DTYPE_BYTES)}"
-    if precision.activations not in device.peak_flops_per_s:
-        known = ", ".join(device.peak_flops_per_s)
-        return f"activations in {precision.activations}: {device.name} multiplies in {known} only; choose one of these"
-    if DTYPE_BYTES[precision.weights] > DTYPE_BYTES[precision.activations]:
-        return f"weights in {precision.weights} under activations in {precision.activations}: expected weights no wider"
+    for part in (precision, precision.of_experts):
+        if part.activations not in device.peak_flops_per_s:
+            known = ", ".join(device.peak_flops_per_s)
+            return f"activations in {part.activations}: {device.name} multiplies in {known} only; choose one of these"
+        if int(weight_bytes(part.weights)) > DTYPE_BYTES[part.activations]:
+            return f"weights in {part.weights} under activations in {part.activations}: expected weights no wider"
     return None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from hwmodels import operators as ops
 from hwmodels.hardware import Cluster, Device
 from hwmodels.mapping import Mapping, Precision
-from hwmodels.operators import AttentionCore, Communication, Elementwise, Gemm, GroupedGemm, Operator
+from hwmodels.operators import AttentionCore, Communication, Elementwise, Experts, Gemm, GroupedGemm, Operator
 from hwmodels.roofline import AnalyticCost, arithmetic_dtype, attention_dtype, memory_time_s, tile_time_s
 from hwmodels.shape import Layer, ModelShape
 from hwmodels.step_model import (
@@ -250,15 +250,19 @@ class _Step:
 
 
 _KINDS: dict[type, str] = {
-    Gemm: "GEMM", GroupedGemm: "grouped GEMM", AttentionCore: "attention", Elementwise: "elementwise"
+    Gemm: "GEMM", GroupedGemm: "grouped GEMM", Experts: "experts", AttentionCore: "attention",
+    Elementwise: "elementwise",
 }  # fmt: skip
 
 
-def _bound(op: Gemm | GroupedGemm | AttentionCore | Elementwise, device: Device) -> str:
+def _bound(op: Gemm | GroupedGemm | AttentionCore | Elementwise | Experts, device: Device) -> str:
     """Which part of a kernel's time is longest: arithmetic, memory traffic, or getting started.
 
-    Arithmetic and traffic overlap, the start does not; the ramp of memory_time_s counts as start.
+    Arithmetic and traffic overlap, the start does not; the ramp of memory_time_s counts as start. Of a fused kernel,
+    its largest part decides.
     """
+    if isinstance(op, Experts):
+        op = max(op.parts, key=lambda part: float(np.sum(part.bytes)))
     e = device.efficiency
     traffic_s = float(np.sum(op.bytes)) / (e.memory_mbu * device.memory_bytes_per_s)
     kernels = op.kernels if isinstance(op, Elementwise) else 1

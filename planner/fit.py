@@ -26,7 +26,7 @@ def shortest(question: Question, catalogue: Catalogue, longest_tokens: int) -> f
             budget = min(question.choices.token_budgets)
             pool = Pool(
                 1, mapping.tp, mapping.pp, mapping.attention_dp, mapping.ep, mapping.expert_tp, None,
-                precision.weights, precision.activations, precision.kv, "chunked",
+                precision.weights, precision.activations, precision.kv, precision.experts, "chunked",
                 min(min(question.choices.max_seqs), budget), budget, question.choices.block_tokens, longest_tokens,
             )  # fmt: skip
             memory = catalogue.memory(pool)

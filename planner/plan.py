@@ -14,7 +14,7 @@ class Pool:
 
     replicas, tp, pp, attention_dp, ep, expert_tp   see hwmodels.mapping.Mapping; replicas is plain data parallelism )
     stages                layers of each pipeline stage, None for the most even split
-    weights, activations, kv   number formats
+    weights, activations, kv, experts   number formats, see hwmodels.mapping.Precision
     policy                how prefill and decode share steps
     max_seqs              sequences in one step of one scheduler
     token_budget          tokens in one step of one scheduler
@@ -33,6 +33,7 @@ class Pool:
     weights: str = "bf16"
     activations: str = "bf16"
     kv: str = "bf16"
+    experts: str | None = None
     policy: Literal["chunked", "prefill-first", "orca", "static"] = "chunked"
     max_seqs: int = 256
     token_budget: int = 2048

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from hwmodels.mapping import DTYPE_BYTES
+from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS
 from hwmodels.yamlfiles import plain, shortened
 from planner.errors import PlanError
 from planner.plan import Plan, Pool
@@ -25,6 +25,12 @@ VERSION = 1
 _PLAN = TypeAdapter(Plan)
 _KEYS = {Plan: list(Plan.__annotations__), Pool: list(Pool.__annotations__)}
 _COUNTS = ("replicas", "tp", "pp", "attention_dp", "ep", "expert_tp")
+_FORMATS: dict[str, list[str]] = {
+    "weights": list(WEIGHT_FORMATS),
+    "experts": list(WEIGHT_FORMATS),
+    "activations": list(DTYPE_BYTES),
+    "kv": list(DTYPE_BYTES),
+}
 _LIMITS = ("max_seqs", "token_budget", "block_tokens", "max_context_tokens")
 
 
@@ -99,9 +105,10 @@ def _pool_problems(pool: Pool) -> Iterator[str]:
     for key in _COUNTS + _LIMITS:
         if getattr(pool, key) < 1:
             yield f"{key} is {getattr(pool, key)}, expected at least 1"
-    for key in ("weights", "activations", "kv"):
-        if getattr(pool, key) not in DTYPE_BYTES:
-            yield f"{key} is {getattr(pool, key)!r}, expected one of {', '.join(DTYPE_BYTES)}"
+    for key, known in _FORMATS.items():
+        value = getattr(pool, key)
+        if value not in known and (key, value) != ("experts", None):
+            yield f"{key} is {value!r}, expected one of {', '.join(known)}"
     if pool.stages is not None and (len(pool.stages) != pool.pp or min(pool.stages, default=0) < 1):
         yield f"stages is {list(pool.stages)}, expected {pool.pp} layer counts (one per stage) of at least 1"
     ranks = pool.tp * pool.attention_dp

@@ -102,8 +102,8 @@ def enumerate_pools(catalogue: Catalogue, choices: Choices, longest_tokens: int)
                             continue
                         pool = Pool(
                             1, mapping.tp, mapping.pp, mapping.attention_dp, mapping.ep, mapping.expert_tp, None,
-                            precision.weights, precision.activations, precision.kv, policy, max_seqs, budget,
-                            choices.block_tokens, served,
+                            precision.weights, precision.activations, precision.kv, precision.experts, policy,
+                            max_seqs, budget, choices.block_tokens, served,
                         )  # fmt: skip
                         kv_blocks = catalogue.memory(pool).kv_blocks
                         if kv_blocks < -(-longest_tokens // choices.block_tokens):

@@ -144,6 +144,9 @@ def plan_command(
     ] = None,
     activations: Annotated[str | None, typer.Option(help="Formats of the arithmetic.", metavar="LIST")] = None,
     kv: Annotated[str | None, typer.Option(help="Formats of the KV cache.", metavar="LIST")] = None,
+    experts: Annotated[
+        str | None, typer.Option(help="Formats of the routed experts [default: as the weights].", metavar="LIST")
+    ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Schedulers: chunked, prefill-first, orca, static.", metavar="LIST")
     ] = None,
@@ -195,6 +198,7 @@ def plan_command(
             weights=weights,
             activations=activations,
             kv=kv,
+            experts=experts,
             policy=policy,
             token_budget=token_budget,
             max_seqs=max_seqs,

@@ -10,7 +10,7 @@ from typing import get_args
 
 from hwmodels.errors import ShardwiseError
 from hwmodels.hardware import Device, load_cluster
-from hwmodels.mapping import DTYPE_BYTES, Precision
+from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, Precision
 from planner import Plan, Question
 from planner.catalogue import Catalogue, format_problem, open_catalogue
 from planner.errors import PlanError
@@ -102,17 +102,28 @@ def policies(text: str) -> tuple[Policy, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def formats(device: Device, weights: str | None, activations: str | None, kv: str | None) -> tuple[Precision, ...]:
+def formats(
+    device: Device, weights: str | None, activations: str | None, kv: str | None, experts: str | None = None
+) -> tuple[Precision, ...]:
     """Every combination of the formats between commas; by default 16 bit where the device has it."""
     native = next((f for f in ("bf16", "fp16", "fp32", "int8", "fp8") if f in device.peak_flops_per_s), "bf16")
-    lists = []
-    for option, text in (("--weights", weights), ("--activations", activations), ("--kv", kv)):
-        words = [native] if text is None else list(dict.fromkeys(word.strip() for word in text.split(",")))
+    lists: list[list[str | None]] = []
+    stored, computed = list(WEIGHT_FORMATS), list(DTYPE_BYTES)
+    for option, text, known, default in (
+        ("--weights", weights, stored, native),
+        ("--activations", activations, computed, native),
+        ("--kv", kv, computed, native),
+        ("--experts", experts, stored, None),
+    ):
+        if text is None:
+            lists.append([default])
+            continue
+        words = list(dict.fromkeys(word.strip() for word in text.split(",")))
         for word in words:
-            if word not in DTYPE_BYTES:
-                raise OptionError(f"{option} {text}: {word!r} found, expected some of {', '.join(DTYPE_BYTES)}")
-        lists.append(words)
-    return tuple(Precision(*words) for words in itertools.product(*lists))
+            if word not in known:
+                raise OptionError(f"{option} {text}: {word!r} found, expected some of {', '.join(known)}")
+        lists.append([*words])
+    return tuple(Precision(w or native, a or native, k or native, e) for w, a, k, e in itertools.product(*lists))
 
 
 def choices(
@@ -122,13 +133,14 @@ def choices(
     weights: str | None,
     activations: str | None,
     kv: str | None,
+    experts: str | None,
     policy: str | None,
     token_budget: str | None,
     max_seqs: str | None,
 ) -> Choices:
     """What the search may vary; what was not typed is left at its default."""
     cluster = load_cluster(question_hardware, gpus)
-    every = formats(cluster.device, weights, activations, kv)
+    every = formats(cluster.device, weights, activations, kv, experts)
     legal = tuple(precision for precision in every if format_problem(cluster, precision) is None)
     found = Choices(precisions=legal or every)
     if policy is not None:

@@ -19,8 +19,10 @@ def cut(pool: Pool) -> str:
 def kept(pool: Pool) -> str:
     """The number formats, in one word where they are one."""
     if pool.weights == pool.activations == pool.kv:
-        return pool.weights
-    return f"{pool.weights} weights, {pool.activations} activations, {pool.kv} KV"
+        shared = pool.weights
+    else:
+        shared = f"{pool.weights} weights, {pool.activations} activations, {pool.kv} KV"
+    return shared if pool.experts is None else f"{pool.experts} experts, {shared}"
 
 
 def replicas(pool: Pool) -> str:

@@ -115,7 +115,8 @@ class Wheel:
             frame = frame.groupby(key, as_index=False, sort=False).agg({**rest, "seconds": "median"})
         shape = [*FAMILIES[family].shape, "dtype"]
         latest = frame.groupby(shape, sort=False)["software"].transform("last")
-        return frame.loc[frame["software"] == latest, columns].reset_index(drop=True)
+        current: pd.DataFrame = frame.loc[frame["software"] == latest, columns].reset_index(drop=True)
+        return current
 
     def _files(
         self, device: str, engine: str, family: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 
 from hwmodels.errors import MeasurementError
 from hwmodels.hardware import Device
-from hwmodels.mapping import DTYPE_BYTES
+from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS
 
 #: Columns every table has beside the shape of its family.
-#:   dtype      format of the weights (gemm, batched_gemm, moe), of the arithmetic (attention), of the message (others)
+#:   dtype      of the weights as in hwmodels.mapping.WEIGHT_FORMATS (gemm, batched_gemm, moe), of the arithmetic
+#:              (attention), of the message (others)
 #:   device     name of the device profile
 #:   software   what ran the kernel, "name version"
 #:   kernel     the implementation, as its source calls it
@@ -25,25 +26,6 @@ from hwmodels.mapping import DTYPE_BYTES
 #:   source     where the row comes from
 COMMON = ("dtype", "device", "software", "kernel", "seconds", "spread", "source")
 TEXT = frozenset({"dtype", "kv_dtype", "device", "software", "kernel", "source", "kind", "distribution"})
-
-#: (bytes of one weight, format of the arithmetic) by the `dtype` of a matrix product. fp8 is scaled per tensor or row,
-#: fp8_block per 128 x 128 block; fp4 is NVFP4 on both sides; int4 and mxfp4 keep 16-bit activations; mxfp4_fp8 has
-#: 8-bit ones.
-WEIGHT_FORMATS = {
-    "fp32": (4.0, "fp32"),
-    "bf16": (2.0, "bf16"),
-    "fp16": (2.0, "fp16"),
-    "fp8": (1.0, "fp8"),
-    "fp8_block": (1.0 + 4 / 128**2, "fp8"),
-    "int8": (1.0, "int8"),
-    "fp4": (0.5 + 1 / 16, "fp4"),
-    "int4": (0.5 + 2 / 128, "bf16"),
-    "int4_fp8": (0.5 + 2 / 128, "fp8"),
-    "mxfp4": (0.5 + 1 / 32, "bf16"),
-    "mxfp4_fp8": (0.5 + 1 / 32, "fp8"),
-}
-
-Columns = Mapping[str, "pd.Series[float]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +53,9 @@ class Family:
 
 def _weights(frame: pd.DataFrame) -> tuple[np.ndarray, pd.Series]:
     nbytes = frame["dtype"].map({name: size for name, (size, _) in WEIGHT_FORMATS.items()})
-    return nbytes.to_numpy(float), frame["dtype"].map({name: kind for name, (_, kind) in WEIGHT_FORMATS.items()})
+    return nbytes.to_numpy(float), frame["dtype"].map(
+        {name: kind or "bf16" for name, (_, kind) in WEIGHT_FORMATS.items()}
+    )
 
 
 def _gemm_floor(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, pd.Series]:

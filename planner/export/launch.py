@@ -169,8 +169,10 @@ def compute_dtype(pool: Pool, index: int, notes: list[str]) -> str:
             )
         if pool.weights != pool.activations:
             notes.append(f"{where}: engines keep weights and activations in one type, here {pool.activations}.")
-    elif pool.weights != "fp8":
+    elif pool.weights not in {"fp8", "fp8_block"}:
         notes.append(f"{where}: serve a checkpoint quantised to {pool.weights}; engines read how from its config.")
+    if pool.experts not in {None, pool.weights}:
+        notes.append(f"{where}: serve a checkpoint whose experts are quantised to {pool.experts}.")
     if pool.weights == "fp8" and pool.activations in WIDE:
         notes.append(f"{where}: fp8 weights: engines also quantise activations to fp8 where the GPU can.")
     return WIDE.get(pool.activations, "bfloat16")

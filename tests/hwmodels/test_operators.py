@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hwmodels import operators as ops
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import Mapping, Precision
-from hwmodels.operators import AttentionCore, Communication, Gemm, GroupedGemm
+from hwmodels.operators import AttentionCore, Communication, Experts, Gemm, GroupedGemm
 from hwmodels.shape import Attention, Latent, attention_parameters, feed_forward_parameters
 from hwmodels.step_model import decode_operators, linear_operators, shared_operators
 
@@ -207,9 +207,9 @@ def test_one_token_touches_a_whole_expert_of_the_busiest_rank():
     model = load_model("deepseek-v3")
     ff = model.layers[-1].feed_forward
     found = ops.expert_feed_forward(model, ff, number(1), number(1), Mapping(tp=64, ep=256), BF16, 1)
-    active = [op.active for op in found if isinstance(op, GroupedGemm)]
-    assert len(active) == 2
-    assert all(float(a) == 1 for a in active)
+    (experts,) = (op for op in found if isinstance(op, Experts))
+    assert float(experts.active) == 1
+    assert [float(part.active) for part in experts.parts if isinstance(part, GroupedGemm)] == [1, 1]
 
 
 def test_collectives_come_with_the_degrees_that_need_them():
@@ -269,3 +269,19 @@ def test_arrays_stand_for_single_values():
         ):
             assert float(one.bytes) == pytest.approx(float(np.broadcast_to(all_.bytes, (3,))[i]), rel=1e-12)
             assert float(one.flops) == pytest.approx(float(np.broadcast_to(all_.flops, (3,))[i]), rel=1e-12)
+
+
+def test_the_formats_of_the_experts_may_differ_from_the_rest():
+    """gpt-oss: 16-bit attention beside MXFP4 experts whose products are computed in 16 bit."""
+    mixed = Precision("bf16", "bf16", "bf16", "mxfp4")
+    assert mixed.of_experts == Precision("mxfp4", "bf16", "bf16")
+    assert Precision("bf16", "bf16", "bf16", "fp4").of_experts.activations == "fp4"
+    assert BF16.of_experts == BF16
+    model = load_model("gpt-oss-20b")
+    ff = model.layers[-1].feed_forward
+    found = ops.expert_feed_forward(model, ff, number(64), number(64), ONE, mixed, 1)
+    (experts,) = (op for op in found if isinstance(op, Experts))
+    wide = ops.expert_feed_forward(model, ff, number(64), number(64), ONE, BF16, 1)
+    (whole,) = (op for op in wide if isinstance(op, Experts))
+    assert experts.flops == whole.flops
+    assert float(experts.bytes) < 0.4 * float(whole.bytes)

@@ -67,7 +67,7 @@ def test_plans_that_cannot_be_say_so_in_one_line() -> None:
         (Pool(1, tp=3), MappingError, "tp=3 .*tp divides the attention heads of llama-3.1-70b"),
         (Pool(1, tp=0), MappingError, "tp=0: expected a degree of at least 1"),
         (Pool(1, tp=8, weights="fp8", activations="fp8"), MappingError, "activations in fp8: .* multiplies in .* only"),
-        (Pool(1, tp=8, weights="fp64"), MappingError, "number format 'fp64': expected one of"),
+        (Pool(1, tp=8, weights="fp64"), MappingError, "weights in 'fp64': expected one of"),
         (Pool(1), OutOfMemoryError, "llama-3.1-70b on 1 x .* GiB per device short"),
         (Pool(1, tp=8, max_seqs=512, token_budget=256), SchedulerError, "max_seqs=512"),
     ):
