@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -14,6 +15,7 @@ from hwmodels.yamlfiles import PROFILES, named, read_as
 class Engine:
     """A serving engine's overheads.
 
+    kernels               whose measured kernels it runs
     step_overhead_s       host time of a step that the device cannot hide (scheduling, input preparation, sampling)
     sequence_overhead_s   the same per sequence in the step
     memory_fraction       share of the device's memory the engine may use
@@ -22,6 +24,7 @@ class Engine:
 
     name: str
     source: str
+    kernels: Literal["vllm", "sglang", "tensorrt-llm"]
     step_overhead_s: float = Field(ge=0)
     sequence_overhead_s: float = Field(ge=0)
     memory_fraction: float = Field(gt=0, le=1)

@@ -62,8 +62,6 @@ def tile_time_s(m: Array, n: float, k: float, products: Array | float, device: D
 class AnalyticCost:
     """Prices operators by roofline; collectives by the cluster graph. One per (cluster, mapping)."""
 
-    source = "analytic"
-
     def __init__(self, cluster: Cluster, mapping: Mapping) -> None:
         self.cluster = cluster
         self.device = cluster.device
@@ -74,6 +72,10 @@ class AnalyticCost:
         if isinstance(op, Communication):
             return op.count * self.collective(op.kind, op.group).time_s(op.bytes)
         return op.count * self.kernel_time_s(op)
+
+    def sources(self, op: Operator) -> dict[str, float]:
+        """The same seconds, summed, by what they rest on."""
+        return {"analytic": float(np.sum(self.time_s(op)))}
 
     def collective(self, kind: str, group: str) -> Collective:
         """The collective `kind` over the rank group called `group`."""

@@ -27,12 +27,14 @@ Batch = tuple[int, int, Sequence[Item]]
 
 
 class CostModel(Protocol):
-    """Prices operators; `source` says what the prices rest on."""
-
-    source: str
+    """Prices operators, and says what the prices rest on."""
 
     def time_s(self, op: Operator) -> Array:
         """Seconds of all launches of the operator, one value per batch size it stands for."""
+        ...
+
+    def sources(self, op: Operator) -> dict[str, float]:
+        """The same seconds, summed over the batch sizes, by source; see hwmodels.evidence."""
         ...
 
 
@@ -177,12 +179,16 @@ def _dense(grid: Array, values: Array) -> Numbers:
 
 
 def _pieces(rows: Array, candidates: Array, values: Array, dense: Callable[[Array], Numbers]) -> Pieces:
-    """Affine pieces of values[row, x] over x = candidates: one piece if that is exact to 0.1 %, else all of them."""
-    low, high = candidates[0], candidates[-1]
-    share = (candidates - low) / (high - low)
-    chord = values[:, :1] + share * (values[:, -1:] - values[:, :1])
-    if np.all(np.abs(chord - values) <= 1e-3 * values):
-        candidates, values = candidates[[0, -1]], values[:, [0, -1]]
+    """Affine pieces of values[row, x] over x = candidates, as few as are exact to 0.1 % where they skip a candidate.
+
+    The values are made to rise with the row and with x: a larger batch never takes less.
+    """
+    values = np.maximum.accumulate(np.maximum.accumulate(values, axis=0), axis=1)
+    kept = [0]
+    for end in range(2, len(candidates) + 1):
+        if end == len(candidates) or not _straight(candidates[kept[-1] : end + 1], values[:, kept[-1] : end + 1]):
+            kept.append(end - 1)
+    candidates, values = candidates[kept], values[:, kept]
     slope = np.diff(values, axis=1) / np.diff(candidates)
     base = values[:, :-1] - slope * candidates[:-1]
     columns = range(slope.shape[1])
@@ -191,6 +197,13 @@ def _pieces(rows: Array, candidates: Array, values: Array, dense: Callable[[Arra
         tuple(dense(base[:, i]) for i in columns),
         tuple(dense(slope[:, i]) for i in columns),
     )
+
+
+def _straight(x: Array, values: Array) -> bool:
+    """Whether all columns lie within 0.1 % of the line from the first to the last."""
+    share = (x - x[0]) / (x[-1] - x[0])
+    chord = values[:, :1] + share * (values[:, -1:] - values[:, :1])
+    return bool(np.all(np.abs(chord - values) <= 1e-3 * values))
 
 
 def tabulate(
@@ -221,7 +234,7 @@ def tabulate(
 
     windows = {layer.attention.window_tokens for layer in layers} - {None}
     reach = max(float(model.max_context_tokens), 2.0)
-    knots = {1.0, 128.0, 1024.0, 8192.0, 65536.0} | {float(w) for w in windows if w is not None}
+    knots = {1.0, *(2.0**e for e in range(5, 21))} | {float(w) for w in windows if w is not None}
     contexts = np.array(sorted({min(k, reach) for k in knots} | {reach}))
     n, c = sequences[:, None], contexts[None, :]
     decode = total(decode_operators(layers, n + 0 * c, n * c, mapping, precision), (n + c).shape)
@@ -248,10 +261,9 @@ class StepModel:
 
     stages        tables of each pipeline stage
     transfer      seconds to pass the activations of n tokens on to the next stage, by n
-    evidence      share of a reference step's time by what its prices rest on
     """
 
-    __slots__ = ("_run_base", "_run_slope", "engine", "evidence", "max_seqs", "max_tokens", "stages", "transfer")
+    __slots__ = ("_run_base", "_run_slope", "engine", "max_seqs", "max_tokens", "stages", "transfer")
 
     def __init__(
         self,
@@ -260,14 +272,12 @@ class StepModel:
         engine: Engine,
         max_tokens: int,
         max_seqs: int,
-        source: str,
     ) -> None:
         self.stages = tuple(stages)
         self.transfer = transfer
         self.engine = engine
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
-        self.evidence = {source: 1.0}
         # A decode-only step of n sequences with K attended tokens in all takes base[n] + slope[n] * K, piece by piece.
         only, rows = stages[0], min(max_seqs, max_tokens) + 1
         n = np.arange(rows)
@@ -389,7 +399,7 @@ def compile_step_model(
             tokens,
             cost.time_s(ops.Communication("stage transfer", "point-to-point", "pp", tokens * model.hidden * wire)),
         )
-    return StepModel(stages, transfer, engine, max_tokens, max_seqs, cost.source)
+    return StepModel(stages, transfer, engine, max_tokens, max_seqs)
 
 
 def tabulate_stages(

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from hwmodels.engine import Engine, load_engine
 from hwmodels.errors import MappingError
-from hwmodels.hardware import Cluster, load_cluster
+from hwmodels.evidence import evidence
+from hwmodels.hardware import Cluster, Efficiency, load_cluster
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, Mapping, Precision, weight_bytes
 from hwmodels.memory import Memory, Sizes, plan_memory, replica_sizes, require_fit
 from hwmodels.roofline import AnalyticCost
 from hwmodels.shape import ModelShape
-from hwmodels.step_model import StepModel, compile_step_model
+from hwmodels.step_model import CostModel, StepModel, compile_step_model
 from hwmodels.work import Work
+from planner.errors import PlanError
 from planner.plan import Plan, Pool
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.routers import ROUTERS
 from simulator.scheduler import SchedulerConfig
+
+if TYPE_CHECKING:
+    from hwmodels.kernels.library import Kernels
+
+#: What prices may rest on.
+COSTS = ("analytic", "calibrated", "measured")
 
 
 def mapping_of(pool: Pool) -> Mapping:
@@ -71,12 +80,14 @@ def law_broken(model: ModelShape, mapping: Mapping) -> str | None:
 class Catalogue:
     """Compiled parts of plans for one model on one cluster under one engine.
 
+    kernels                measured kernels that price the operators; None for the analytic model alone
     max_tokens, max_seqs   largest step the step models are tabulated for; they grow when a plan asks for more
     """
 
     model: ModelShape
     cluster: Cluster
     engine: Engine
+    kernels: Kernels | None = None
     max_tokens: int = 8192
     max_seqs: int = 1024
     _models: dict[tuple[Mapping, Precision], StepModel] = field(default_factory=dict)
@@ -96,11 +107,29 @@ class Catalogue:
         key = (mapping, precision)
         if key not in self._models:
             self.check(mapping, precision)
-            cost = AnalyticCost(self.cluster, mapping)
             self._models[key] = compile_step_model(
-                self.model, mapping, precision, self.engine, cost, max_tokens=self.max_tokens, max_seqs=self.max_seqs
+                self.model,
+                mapping,
+                precision,
+                self.engine,
+                self.prices(mapping),
+                max_tokens=self.max_tokens,
+                max_seqs=self.max_seqs,
             )
         return self._models[key]
+
+    def prices(self, mapping: Mapping) -> CostModel:
+        """What prices the operators of a replica cut like this."""
+        if self.kernels is None:
+            return AnalyticCost(self.cluster, mapping)
+        from hwmodels.kernels.measured import MeasuredCost
+
+        return MeasuredCost(self.cluster, mapping, self.kernels)
+
+    def evidence(self, pool: Pool) -> dict[str, float]:
+        """Shares of a step's device time by what its prices rest on; see hwmodels.evidence."""
+        mapping = mapping_of(pool)
+        return evidence(self.model, mapping, precision_of(pool), self.prices(mapping))
 
     def work(self, mapping: Mapping, precision: Precision) -> Work:
         """FLOPs and bytes of a replica's steps."""
@@ -190,6 +219,21 @@ def format_problem(cluster: Cluster, precision: Precision) -> str | None:
     return None
 
 
-def open_catalogue(model: str, hardware: str, gpus: int, engine: str) -> Catalogue:
-    """The catalogue of a model on `gpus` devices; raises ProfileError for unknown names."""
-    return Catalogue(load_model(model), load_cluster(hardware, gpus), load_engine(engine))
+def open_catalogue(model: str, hardware: str, gpus: int, engine: str, cost: str = "calibrated") -> Catalogue:
+    """The catalogue of a model on `gpus` devices.
+
+    cost   what the prices rest on: 'analytic' (a roofline with the default efficiencies), 'calibrated' (with those of
+           the device's profile) or 'measured' (kernels that were timed, the calibrated roofline where there are none)
+
+    Raises ProfileError for unknown names, MeasurementError where no kernels were measured.
+    """
+    if cost not in COSTS:
+        raise PlanError(f"cost {cost!r}: expected one of {', '.join(COSTS)}")
+    shape, cluster, profile = load_model(model), load_cluster(hardware, gpus), load_engine(engine)
+    if cost == "analytic":
+        cluster = replace(cluster, device=replace(cluster.device, efficiency=Efficiency()))
+    if cost != "measured":
+        return Catalogue(shape, cluster, profile)
+    from hwmodels.kernels.library import open_kernels  # reads tables: not what most questions wait for
+
+    return Catalogue(shape, cluster, profile, open_kernels(cluster.device, profile.kernels))

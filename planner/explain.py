@@ -40,6 +40,7 @@ class Row:
                  'latency of' a link, or 'host'
     algorithm    of a collective, the one that is fastest at this size; '' otherwise
     link         the link that holds a collective up; '' otherwise
+    source       what most of its price rests on, see hwmodels.evidence
     """
 
     name: str
@@ -51,6 +52,7 @@ class Row:
     bound: str
     algorithm: str = ""
     link: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,8 @@ class _Step:
         self.cluster: Cluster = catalogue.cluster
         self.mapping: Mapping = mapping_of(pool)
         self.precision: Precision = precision_of(pool)
-        self.cost = AnalyticCost(self.cluster, self.mapping)
+        self.cost = catalogue.prices(self.mapping)
+        self.analytic = AnalyticCost(self.cluster, self.mapping)
         self.table = table
 
     def decode(self, sequences: int, context: int) -> StepTimes:
@@ -237,16 +240,20 @@ class _Step:
     def _row(self, op: Operator) -> Row:
         """The operator's price and what it waits for."""
         time_s, flops, nbytes = (float(np.sum(value)) for value in (self.cost.time_s(op), op.flops, op.bytes))
+        sources = self.cost.sources(op)
+        source = max(sources, key=lambda name: sources[name])
         if not isinstance(op, Communication):
             bound = _bound(op, self.cluster.device)
-            return Row(op.name, _KINDS[type(op)], op.count, time_s, op.count * flops, op.count * nbytes, bound)
-        lines = self.cost.collective(op.kind, op.group).lines
+            return Row(
+                op.name, _KINDS[type(op)], op.count, time_s, op.count * flops, op.count * nbytes, bound, source=source
+            )
+        lines = self.analytic.collective(op.kind, op.group).lines
         if not lines:
             return Row(op.name, op.kind, op.count, 0.0, 0.0, 0.0, "none")
         line = min(lines, key=lambda line: line.latency_s + line.seconds_per_byte * nbytes)
         link = line.link.split(",")[0]  # which of the alike links it is does not matter here
         bound = link if line.seconds_per_byte * nbytes >= line.latency_s else f"latency of {link}"
-        return Row(op.name, op.kind, op.count, time_s, 0.0, op.count * nbytes, bound, line.algorithm, line.link)
+        return Row(op.name, op.kind, op.count, time_s, 0.0, op.count * nbytes, bound, line.algorithm, line.link, source)
 
 
 _KINDS: dict[type, str] = {
@@ -296,7 +303,7 @@ def _merged(rows: Sequence[Row]) -> list[Row]:
         if old is not None:
             row = Row(
                 row.name, row.kind, old.count + row.count, old.time_s + row.time_s, old.flops + row.flops,
-                old.bytes + row.bytes, row.bound, row.algorithm, row.link,
+                old.bytes + row.bytes, row.bound, row.algorithm, row.link, row.source,
             )  # fmt: skip
         together[key] = row
     return list(together.values())

@@ -51,7 +51,9 @@ def nothing_fits(question: Question, catalogue: Catalogue, longest_tokens: int) 
     while gpus < 2048:
         gpus += 1 if gpus < 16 else 8
         try:
-            larger = Catalogue(catalogue.model, load_cluster(question.hardware, gpus), catalogue.engine)
+            larger = Catalogue(
+                catalogue.model, load_cluster(question.hardware, gpus), catalogue.engine, catalogue.kernels
+            )
         except ShardwiseError:
             break
         if shortest(question, larger, longest_tokens) <= 0:

@@ -31,6 +31,7 @@ class Question:
     router        how requests are spread over replicas
     seconds       wall-clock time after which no further plan is simulated
     jobs          processes that simulate; None for as many as there are processors
+    cost          what prices rest on: analytic, calibrated or measured; see planner.catalogue.open_catalogue
     tolerance     relative width of a capacity's bisection
     """
 
@@ -48,6 +49,7 @@ class Question:
     seconds: float = 13.0
     tolerance: float = 0.02
     jobs: int | None = None
+    cost: str = "calibrated"
     keep: int = 10
 
     def __post_init__(self) -> None:

@@ -150,7 +150,9 @@ class Search:
         self.question = question
         self.progress = progress
         progress("enumerating and screening plans", 0.0)
-        self.catalogue: Catalogue = open_catalogue(question.model, question.hardware, question.gpus, question.engine)
+        self.catalogue: Catalogue = open_catalogue(
+            question.model, question.hardware, question.gpus, question.engine, question.cost
+        )
         self.list: Shortlist = shortlist(question, self.catalogue)
         self.ranked: list[Ranked] = []
         self.tried: set[Candidate] = set()
@@ -497,7 +499,7 @@ class Search:
     def _evidence(self) -> dict[str, float]:
         """What the best plan's prices rest on."""
         best = max(self.ranked, key=lambda r: r.score)
-        return dict(self.catalogue.replica(best.plan.pools[0]).model.evidence)
+        return self.catalogue.evidence(best.plan.pools[0])
 
     def _nothing_kept(self) -> NoFeasiblePlanError:
         """Say which limit was broken by all plans simulated, and how near the best came."""

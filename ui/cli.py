@@ -108,6 +108,14 @@ E2e = Annotated[str | None, typer.Option(help="Limit on the end-to-end time, suc
 Itl = Annotated[str | None, typer.Option(help="Limit on the time between tokens, such as p99=80ms.", metavar="LIMIT")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
 Save = Annotated[Path | None, typer.Option(help="Folder to write the results to.", metavar="DIR")]
+Cost = Annotated[
+    str,
+    typer.Option(
+        help="What prices rest on: analytic, calibrated (coefficients fitted to measured kernels) or measured (the "
+        "kernels themselves; needs the extra 'silicon').",
+        metavar="NAME",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 List = typer.Option(metavar="LIST", show_default=False)
 
@@ -147,6 +155,7 @@ def plan_command(
     experts: Annotated[
         str | None, typer.Option(help="Formats of the routed experts [default: as the weights].", metavar="LIST")
     ] = None,
+    cost: Cost = "calibrated",
     policy: Annotated[
         str | None, typer.Option(help="Schedulers: chunked, prefill-first, orca, static.", metavar="LIST")
     ] = None,
@@ -206,13 +215,14 @@ def plan_command(
         router=router,  # type: ignore[arg-type]
         seed=seed,
         keep=keep,
+        cost=cost,
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
     questions.check_rate(question)
     with bar() as waiting:
         result = search(question, waiting.at)
         best = result.best
-        catalogue = open_catalogue(question.model, question.hardware, question.gpus, question.engine)
+        catalogue = open_catalogue(question.model, question.hardware, question.gpus, question.engine, question.cost)
         arrivals = question.requests
         if isfinite(best.trial.rate_per_s):
             arrivals = arrivals.scaled_to_rate(best.trial.rate_per_s)
@@ -252,6 +262,7 @@ def simulate_command(
     tpot: Tpot = None,
     itl: Itl = None,
     e2e: E2e = None,
+    cost: Cost = "calibrated",
     seed: Seed = 0,
     replications: Annotated[int, typer.Option(min=1, max=1000, help="Independent runs, for confidence intervals.")] = 1,
     warmup: Annotated[
@@ -276,7 +287,7 @@ def simulate_command(
         raise questions.OptionError(f"--rate {rate:g} and --concurrency {concurrency}: expected one of them")
     traffic = questions.Traffic(trace, workload, requests, drop_empty)
     limits = questions.limits({"ttft": ttft, "tpot": tpot, "itl": itl, "e2e": e2e}, {})
-    chosen, catalogue = questions.opened(plan)
+    chosen, catalogue = questions.opened(plan, cost)
     if replications > 1 and trace is not None and chosen.router in ("round-robin", "least-tokens"):
         raise questions.OptionError(
             f"--replications {replications} with --trace {trace} under router {chosen.router}: nothing is drawn, so "
@@ -375,13 +386,14 @@ def explain_command(
     prefill: Annotated[
         int | None, typer.Option(min=0, help="Tokens of the prompt chunk; 0 for none [default: the token budget].")
     ] = None,
+    cost: Cost = "calibrated",
     as_json: Json = False,
 ) -> None:
     """Show where the time of a step goes, operator by operator, and which resource binds it."""
     from planner.explain import explain
     from ui import jsonout, questions, rendering
 
-    chosen, catalogue = questions.opened(plan)
+    chosen, catalogue = questions.opened(plan, cost)
     pools = [explain(catalogue, pool, batch=batch, context=context, prefill=prefill) for pool in chosen.pools]
     if as_json:
         print(jsonout.dumps(jsonout.explanation_object(chosen, pools)))

@@ -165,10 +165,10 @@ def located(model: str) -> str:
     return str(Path(model).resolve()) if model.endswith(".json") or "/" in model else model
 
 
-def opened(path: Path) -> tuple[Plan, Catalogue]:
+def opened(path: Path, cost: str = "calibrated") -> tuple[Plan, Catalogue]:
     """A plan file and what its plan is made of; raises a ShardwiseError for one that cannot be simulated."""
     plan = read_plan(path)
-    catalogue = open_catalogue(plan.model, plan.hardware, plan.gpus, plan.engine)
+    catalogue = open_catalogue(plan.model, plan.hardware, plan.gpus, plan.engine, cost)
     for index, pool in enumerate(plan.pools):
         most = {
             "token_budget": MOST_TOKENS, "max_seqs": MOST_SEQS, "max_context_tokens": catalogue.model.max_context_tokens

@@ -247,10 +247,10 @@ def _show_step(out: Console, step: StepTimes) -> None:
     rows = [
         [row.name, row.kind, row.bound + (f" ({row.algorithm})" if row.algorithm else ""), f"{row.count:,}",
          seconds(row.time_s), percent(row.time_s / step.time_s), scaled(row.flops, "FLOP") if row.flops else "-",
-         scaled(row.bytes, "B") if row.bytes else "-"]
+         scaled(row.bytes, "B") if row.bytes else "-", row.source or "engine profile"]
         for row in sorted(step.rows, key=lambda row: -row.time_s)
     ]  # fmt: skip
-    columns = ["operator", "kind", "bound by", "count", "time", "share", "FLOPs", "bytes"]
+    columns = ["operator", "kind", "bound by", "count", "time", "share", "FLOPs", "bytes", "price"]
     show_table(out, f"{step.title}: {seconds(step.time_s)}", columns, rows, words=3)
     resources = ", ".join(
         f"{name} {percent(time_s / step.time_s)}" for name, time_s in sorted(step.bounds.items(), key=lambda i: -i[1])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hwmodels import operators as ops
 from hwmodels.engine import Engine
+from hwmodels.evidence import evidence
 from hwmodels.hardware import load_cluster
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import Mapping, Precision
@@ -24,7 +25,7 @@ from hwmodels.step_model import (
 )
 
 BF16 = Precision()
-ENGINE = Engine("test", "made up", 1e-3, 1e-5, 0.9, 0.0)
+ENGINE = Engine("test", "made up", "vllm", 1e-3, 1e-5, 0.9, 0.0)
 MAX_TOKENS, MAX_SEQS = 8192, 512
 PLANS = {
     "llama-3.1-8b": Mapping(),
@@ -254,11 +255,11 @@ def test_small_limits(llama, max_tokens, max_seqs):
 
 def test_host_work_is_counted_once_a_step_and_once_a_sequence(llama):
     assert llama.steps.overhead_s(3) == pytest.approx(1e-3 + 3e-5)
-    idle = Engine("none", "made up", 0.0, 0.0, 0.9, 0.0)
+    idle = Engine("none", "made up", "vllm", 0.0, 0.0, 0.9, 0.0)
     bare = compile_step_model(llama.model, Mapping(), BF16, idle, llama.cost, max_tokens=512, max_seqs=64)
     items = [(100, 0), (50, 10)]
     assert llama.steps.step_s(4, 400, items) - bare.step_s(4, 400, items) == pytest.approx(1e-3 + 6e-5)
 
 
 def test_prices_say_what_they_rest_on(llama):
-    assert llama.steps.evidence == {"analytic": 1.0}
+    assert evidence(llama.model, Mapping(), BF16, llama.cost) == {"analytic": 1.0}

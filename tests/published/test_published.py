@@ -20,7 +20,7 @@ from simulator.scheduler import Policy, SchedulerConfig
 from simulator.simulate import run
 from simulator.workload import Fixed, Independent, Poisson, Requests, draw_requests
 
-IDLE_HOST = Engine("idle host", "test", 0.0, 0.0, 0.9, 0.0)
+IDLE_HOST = Engine("idle host", "test", "vllm", 0.0, 0.0, 0.9, 0.0)
 PLENTY = 1_000_000  # KV blocks
 
 
@@ -50,7 +50,7 @@ def test_v03_pipeline_bubble(stages: int, micro_batches: int) -> None:
     stage_s = 0.01
     nothing = Pieces((), ([0.0, 0.0],), ([0.0, 0.0],))
     tables = Tables([0.0, stage_s], [0.0], [0.0, 0.0], nothing, nothing)
-    model = StepModel([tables] * stages, [0.0, 0.0], IDLE_HOST, 1, 1, "test")
+    model = StepModel([tables] * stages, [0.0, 0.0], IDLE_HOST, 1, 1)
     one_request_a_step = SchedulerConfig(max_seqs=1, token_budget=1)
     total_s = makespan_s(model, Mapping(pp=stages), one_request_a_step, at_once(micro_batches, 1, 1))
     ideal_s = micro_batches * stage_s
@@ -102,7 +102,7 @@ def yi_34b() -> StepModel:
     nothing = Pieces((), (np.maximum(decode_s, 0.0).tolist(),), ([0.0] * 129,))
     prefill = Pieces((), ((per_pair_s * tokens**2 / 2).tolist(),), ((per_pair_s * tokens).tolist(),))
     tables = Tables(linear_s.tolist(), [0.0], [0.0] * 129, nothing, prefill)
-    return StepModel([tables], [0.0] * (most + 1), IDLE_HOST, most, 128, "published")
+    return StepModel([tables], [0.0] * (most + 1), IDLE_HOST, most, 128)
 
 
 def test_v18_decode_line() -> None:

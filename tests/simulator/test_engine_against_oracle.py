@@ -27,7 +27,13 @@ spec.loader.exec_module(oracle)
 
 MAX_TOKENS, MAX_SEQS = 512, 32
 ENGINE = Engine(
-    name="test", source="test", step_overhead_s=1e-3, sequence_overhead_s=1e-5, memory_fraction=0.9, reserve_bytes=0.0
+    name="test",
+    source="test",
+    kernels="vllm",
+    step_overhead_s=1e-3,
+    sequence_overhead_s=1e-5,
+    memory_fraction=0.9,
+    reserve_bytes=0.0,
 )
 
 
@@ -61,7 +67,7 @@ def tables(scale: float, knots: tuple[float, ...]) -> Tables:
 def model(stages: int = 1, knots: tuple[float, ...] = ()) -> StepModel:
     scales = [1.0 + 0.3 * stage for stage in range(stages)]
     transfer = (1e-4 + 1e-7 * np.arange(MAX_TOKENS + 1)).tolist()
-    return StepModel([tables(scale, knots) for scale in scales], transfer, ENGINE, MAX_TOKENS, MAX_SEQS, "test")
+    return StepModel([tables(scale, knots) for scale in scales], transfer, ENGINE, MAX_TOKENS, MAX_SEQS)
 
 
 @st.composite

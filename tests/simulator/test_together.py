@@ -204,7 +204,7 @@ def replica(kind: str, config: SchedulerConfig, blocks: int, share: float = 1.0,
     mapping = KINDS[kind]
     tables = [toys.tables(scale * (1 + 0.3 * stage), ()) for stage in range(mapping.pp)]
     transfer = (scale * (1e-4 + 1e-7 * np.arange(toys.MAX_TOKENS + 1))).tolist()
-    model = StepModel(tables, transfer, toys.ENGINE, toys.MAX_TOKENS, toys.MAX_SEQS, "test")
+    model = StepModel(tables, transfer, toys.ENGINE, toys.MAX_TOKENS, toys.MAX_SEQS)
     return ReplicaSpec(model, mapping, config, blocks, toys.DEVICE, share)
 
 
@@ -253,9 +253,9 @@ def on_a_grid(kind: str, config: SchedulerConfig, step_s: float) -> ReplicaSpec:
     mapping = KINDS[kind]
     nothing = [0.0] * (16 * toys.MAX_TOKENS + 1)
     free = Pieces((), (nothing,), (nothing,))
-    engine = Engine("none", "test", 0.0, 0.0, 0.9, 0.0)
+    engine = Engine("none", "test", "vllm", 0.0, 0.0, 0.9, 0.0)
     tables = [Tables([step_s] * (toys.MAX_TOKENS + 1), nothing, nothing, free, free)] * mapping.pp
-    model = StepModel(tables, nothing, engine, toys.MAX_TOKENS, toys.MAX_SEQS, "test")
+    model = StepModel(tables, nothing, engine, toys.MAX_TOKENS, toys.MAX_SEQS)
     return ReplicaSpec(model, mapping, config, 60, toys.DEVICE)
 
 

@@ -1,0 +1,51 @@
+"""How much of an answer is evidence: the share of a step's device time by what its prices rest on."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from hwmodels import operators as ops
+from hwmodels.mapping import Mapping, Precision
+from hwmodels.operators import Operator
+from hwmodels.shape import ModelShape
+from hwmodels.step_model import (
+    CostModel,
+    decode_operators,
+    linear_operators,
+    prefill_operators,
+    shared_operators,
+)
+
+#: The reference step: so many sequences that attend to so many tokens each, and a prompt chunk of so many.
+SEQUENCES, CONTEXT_TOKENS, CHUNK_TOKENS = 64, 1024, 512
+
+
+def reference_operators(model: ModelShape, mapping: Mapping, precision: Precision) -> list[Operator]:
+    """Operators of a step that decodes 64 sequences of 1,024 tokens and prefills 512, in every attention group."""
+    one = np.ones(1)
+    tokens = (SEQUENCES + CHUNK_TOKENS) * one
+    context = min(CONTEXT_TOKENS, model.max_context_tokens)
+    found = linear_operators(model, model.layers, tokens, mapping, precision, first=True)
+    found += shared_operators(model, model.layers, tokens * mapping.attention_dp, mapping, precision)
+    found += decode_operators(model.layers, SEQUENCES * one, SEQUENCES * context * one, mapping, precision)
+    found += prefill_operators(model.layers, CHUNK_TOKENS * one, 0 * one, mapping, precision)
+    found += ops.language_model_head(model, (SEQUENCES + 1) * one, mapping.tp)
+    return found
+
+
+def evidence(model: ModelShape, mapping: Mapping, precision: Precision, cost: CostModel) -> dict[str, float]:
+    """Shares of the reference step's device time by source of its prices, the largest first; they add up to 1.
+
+    measured     interpolated between measured kernels
+    extended     beyond the measured table: the analytic curve from the nearest measured kernel
+    calibrated   the analytic model with coefficients fitted to measured kernels of this device
+    analytic     the analytic model with estimated coefficients
+    """
+    seconds: Counter[str] = Counter()
+    for op in reference_operators(model, mapping, precision):
+        for source, value in cost.sources(op).items():
+            seconds[source] += float(value)
+    total = sum(seconds.values())
+    return {source: value / total for source, value in seconds.most_common() if value > 0}
