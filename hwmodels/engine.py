@@ -18,6 +18,7 @@ class Engine:
     kernels               whose measured kernels it runs
     step_overhead_s       host time of a step that the device cannot hide (scheduling, input preparation, sampling)
     sequence_overhead_s   the same per sequence in the step
+    request_overhead_s    from the client to the scheduler and back: network, parsing, tokens to text
     memory_fraction       share of the device's memory the engine may use
     reserve_bytes         part of that share taken by CUDA context, graphs and communication buffers
     """
@@ -27,6 +28,7 @@ class Engine:
     kernels: Literal["vllm", "sglang", "tensorrt-llm"]
     step_overhead_s: float = Field(ge=0)
     sequence_overhead_s: float = Field(ge=0)
+    request_overhead_s: float = Field(ge=0)
     memory_fraction: float = Field(gt=0, le=1)
     reserve_bytes: float = Field(ge=0)
 

@@ -198,7 +198,7 @@ class Catalogue:
         for pool in plan.pools:
             share = float(pool.gpus_per_replica) if pool.share is None else pool.share
             specs += [self.replica(pool, share=share, with_work=with_work)] * pool.replicas
-        return Deployment(specs, ROUTERS[plan.router])
+        return Deployment(specs, ROUTERS[plan.router], self.engine.request_overhead_s)
 
 
 def format_problem(cluster: Cluster, precision: Precision) -> str | None:

@@ -56,10 +56,14 @@ class ReplicaSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deployment:
-    """Replicas behind a router."""
+    """Replicas behind a router.
+
+    frontend_s   from the client to a scheduler and back: network, parsing, tokens to text; no replica waits for it
+    """
 
     replicas: Sequence[ReplicaSpec]
     router: Router = field(default=round_robin)
+    frontend_s: float = 0.0
 
     @property
     def gpus(self) -> int:

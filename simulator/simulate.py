@@ -99,11 +99,13 @@ def _serve(
     """Let the replicas serve the workload, each for itself where nothing joins them."""
     requests, router = workload.requests, deployment.router
     shares = np.array([spec.share for spec in deployment.replicas], dtype=float)
+    frontend_s = deployment.frontend_s
+    reaching_s = requests.arrival_s + frontend_s
     if workload.concurrency is None and (router.assign is not None or len(replicas) == 1):
         assigned = router.assign(len(requests), shares, rng) if router.assign else np.zeros(len(requests), dtype=int)
         for index, replica in enumerate(replicas):
             mine = np.flatnonzero(assigned == index)
-            env.process(_alone(env, replica, requests.arrival_s[mine].tolist(), mine.tolist(), look))
+            env.process(_alone(env, replica, reaching_s[mine].tolist(), mine.tolist(), look))
         env.run()
         return
     loads = [_Load() for _ in replicas]
@@ -114,10 +116,11 @@ def _serve(
         choose = router.choose
         assert choose is not None
         route = lambda: choose(loads, shares, rng)  # noqa: E731
-    together = _Together(env, replicas, loads, route, workload, log, look)
+    together = _Together(env, replicas, loads, route, workload, reaching_s.tolist(), frontend_s, log, look)
     together.start()
     env.run()
-    log.arrival_s = np.array(together.arrival_s)
+    if workload.concurrency is not None:
+        log.arrival_s = np.array(together.arrival_s) - frontend_s
 
 
 def _alone(
@@ -178,6 +181,8 @@ class _Together:
         loads: Sequence[_Load],
         route: Callable[[], int],
         workload: Workload,
+        arrival_s: list[float],
+        frontend_s: float,
         log: Log,
         look: Progress,
     ) -> None:
@@ -188,8 +193,9 @@ class _Together:
         self.log = log
         self.look = look
         self.closed = workload.concurrency is not None
-        self.think_s = workload.think_s
-        self.arrival_s = workload.requests.arrival_s.tolist()
+        self.frontend_s = frontend_s
+        self.pause_s = workload.think_s + frontend_s  # from an answer to the next request's arrival
+        self.arrival_s = arrival_s  # at the schedulers
         self.prompts = workload.requests.prompt_tokens.tolist()
         self.coming = iter(range(len(workload.requests)))
         self.first = workload.concurrency or 1
@@ -200,7 +206,7 @@ class _Together:
     def start(self) -> None:
         """Let the first requests in."""
         for request in range(min(self.first, len(self.arrival_s))):
-            self._arrives(0.0 if self.closed else self.arrival_s[request])
+            self._arrives(self.frontend_s if self.closed else self.arrival_s[request])
 
     def _at(self, when_s: float, priority: EventPriority, act: Callable[[], None]) -> None:
         """Call `act` at an absolute time; arrivals come before decisions of the same instant."""
@@ -232,14 +238,14 @@ class _Together:
             self.loads[index].outstanding_tokens += self.prompts[request]
         if self.closed:
             if not accepted:
-                self._arrives(now_s + self.think_s)
+                self._arrives(now_s + self.pause_s)
         elif request + 1 < len(self.arrival_s):
             self._arrives(self.arrival_s[request + 1])
 
     def _leave(self, index: int, request: int, now_s: float) -> None:
         self.loads[index].outstanding_tokens -= self.prompts[request]
         if self.closed:
-            self._arrives(now_s + self.think_s)
+            self._arrives(now_s + self.pause_s)
 
     def _plan_at(self, index: int, when_s: float) -> None:
         if not self.pending[index]:

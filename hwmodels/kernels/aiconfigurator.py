@@ -74,6 +74,10 @@ class Wheel:
         """Versions of `engine` whose kernels of `family` were timed on `device`, oldest first."""
         return sorted({path.parent.name for path, _ in self._files(device, engine, family)}, key=_version)
 
+    def files(self, device: str, engine: str, family: str) -> list[Path]:
+        """Files that `read` takes its rows from."""
+        return [path for path, _ in self._files(device, engine, family)]
+
     def read(self, device: str, engine: str, family: str, version: str | None = None) -> pd.DataFrame:
         """Timings of one family on one device in the schema of hwmodels.kernels.table.
 

@@ -25,8 +25,10 @@ def test_every_engine_is_plausible_and_sourced(name):
 
 VALID = """name: mine
 source: made up for this test
+kernels: vllm
 step_overhead_s: 0.001
 sequence_overhead_s: 0
+request_overhead_s: 0.002
 memory_fraction: 0.8
 reserve_bytes: 1e9
 """

@@ -32,6 +32,7 @@ ENGINE = Engine(
     kernels="vllm",
     step_overhead_s=1e-3,
     sequence_overhead_s=1e-5,
+    request_overhead_s=0.0,
     memory_fraction=0.9,
     reserve_bytes=0.0,
 )

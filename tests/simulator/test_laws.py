@@ -27,7 +27,7 @@ from simulator.workload import Requests, Workload
 
 MAX_TOKENS, MAX_SEQS = 256, 16
 DEVICE = load_device("h100-sxm")
-ENGINE = Engine("test", "test", "vllm", 1e-3, 1e-5, 0.9, 0.0)
+ENGINE = Engine("test", "test", "vllm", 1e-3, 1e-5, 0.0, 0.9, 0.0)
 MAPPINGS = (Mapping(), Mapping(pp=3), Mapping(attention_dp=2, ep=2))
 POLICIES = ("chunked", "prefill-first", "orca", "static")
 CHECKED = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -285,3 +285,22 @@ def test_a_faster_device_does_not_finish_later(faster: str, concurrency: int | N
         finish_s.append(np.mean(np.array(log.finish_s)))
     assert all(later <= 1.0001 * sooner for sooner, later in pairwise(finish_s)), finish_s
     assert finish_s[-1] < finish_s[0]
+
+
+@given(frontend_s=st.floats(0, 0.5), concurrency=st.sampled_from([None, 3]))
+@settings(max_examples=20)
+def test_the_way_to_the_scheduler_and_back_adds_to_latencies_and_keeps_clients_waiting(frontend_s, concurrency):
+    """Open loop: the same run, every first token later by it. Closed loop: every cycle longer by it."""
+    arrivals = np.arange(12) * 0.05
+    requests = Requests(arrivals, np.full(12, 40), np.full(12, 6))
+    near = Deployment([spec(Mapping(), SchedulerConfig("chunked", 8, 256, 16, 1024), 100)])
+    far = replace(near, frontend_s=frontend_s)
+    load = Workload(requests, concurrency)
+    before, after = (simulate(d, load).requests for d in (near, far))
+    if concurrency is None:
+        assert np.allclose(after.ttft_s, before.ttft_s + frontend_s, atol=1e-12)
+        assert np.array_equal(after.arrival_s, arrivals)
+    else:
+        assert after.finish_s.max() >= before.finish_s.max() + 4 * frontend_s - 1e-9
+        assert (after.ttft_s >= frontend_s).all()
+        assert after.arrival_s.min() == pytest.approx(0, abs=1e-12)

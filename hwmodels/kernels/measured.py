@@ -1,0 +1,116 @@
+"""The measured cost model: operators priced by real kernels where some were timed, by the roofline elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hwmodels.hardware import Cluster
+from hwmodels.kernels.estimate import Estimate
+from hwmodels.kernels.library import Kernels
+from hwmodels.mapping import WEIGHT_FORMATS, Mapping, Precision
+from hwmodels.operators import Array, AttentionCore, Communication, Experts, Gemm, Operator
+from hwmodels.roofline import AnalyticCost
+
+
+class MeasuredCost:
+    """Prices operators from measured kernels; one per (cluster, mapping, engine).
+
+    Norms, activations and embeddings were not timed apart, nor groups that span nodes: the roofline prices these.
+    """
+
+    def __init__(self, cluster: Cluster, mapping: Mapping, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.analytic = AnalyticCost(cluster, mapping)
+        per_node = cluster.gpus_per_node
+        self.within = {
+            name: len({rank // per_node for rank in ranks}) == 1 for name, ranks in self.analytic.groups.items()
+        }
+
+    def time_s(self, op: Operator) -> Array:
+        """Seconds all launches of `op` take, one value per batch size it stands for."""
+        found = self.estimate(op)
+        if found is None:
+            return self.analytic.time_s(op)
+        return op.count * np.where(op.bytes > 0, found.seconds, 0.0)
+
+    def sources(self, op: Operator) -> dict[str, float]:
+        """The same seconds, summed, by what they rest on."""
+        found = self.estimate(op)
+        if found is None:
+            return self.analytic.sources(op)
+        seconds = op.count * np.where(op.bytes > 0, found.seconds, 0.0)
+        measured = float(np.sum(seconds * found.measured))
+        return {"measured": measured, "extended": float(np.sum(seconds)) - measured}
+
+    def estimate(self, op: Operator) -> Estimate | None:
+        """One launch of `op`, from the tables; None where its kind was not measured. Sizes of 0 count as 1."""
+        if isinstance(op, Gemm):
+            return self._gemm(op)
+        if isinstance(op, Experts):
+            return self._experts(op)
+        if isinstance(op, AttentionCore):
+            return self._prefill(op) if op.phase == "prefill" else self._decode(op)
+        if isinstance(op, Communication):
+            return self._communication(op)
+        return None
+
+    def _gemm(self, op: Gemm) -> Estimate | None:
+        dtype, m = product_format(op.precision), np.maximum(op.m, 1.0)
+        if dtype is None:
+            return None
+        if op.groups > 1:
+            table = self.kernels.batched_gemm
+            return None if table is None else table.time_s(dtype, op.groups, m, op.n, op.k)
+        return None if self.kernels.gemm is None else self.kernels.gemm.time_s(dtype, m, op.n, op.k)
+
+    def _experts(self, op: Experts) -> Estimate | None:
+        dtype = product_format(op.precision)
+        if dtype is None or self.kernels.moe is None:
+            return None
+        return self.kernels.moe.time_s(
+            dtype, np.maximum(op.tokens, 1.0), op.hidden, op.intermediate, op.experts, op.top_k, op.tp, op.ep,
+            gated=op.gated,
+        )  # fmt: skip
+
+    def _prefill(self, op: AttentionCore) -> Estimate | None:
+        k, new, one = self.kernels, np.maximum(op.queries, 1.0), np.ones(1)
+        if op.qk_dim != op.value_dim:
+            return None if k.mla_prefill is None else k.mla_prefill.time_s(op.heads, op.precision.kv, one, new, op.read)
+        if k.attention_prefill is None:
+            return None
+        return k.attention_prefill.time_s(
+            op.heads, op.kv_heads, op.qk_dim, op.window_tokens or 0, attention_format(op.precision), op.precision.kv,
+            one, new, op.read,
+        )  # fmt: skip
+
+    def _decode(self, op: AttentionCore) -> Estimate | None:
+        k, batch = self.kernels, np.maximum(op.queries, 1.0)
+        context = np.maximum(op.read / batch, 1.0)
+        if op.shared:
+            return None if k.mla_decode is None else k.mla_decode.time_s(op.heads, op.precision.kv, batch, context)
+        if k.attention_decode is None:
+            return None
+        return k.attention_decode.time_s(
+            op.heads, op.kv_heads, op.qk_dim, op.window_tokens or 0, attention_format(op.precision), op.precision.kv,
+            batch, context,
+        )  # fmt: skip
+
+    def _communication(self, op: Communication) -> Estimate | None:
+        ranks = self.analytic.groups[op.group]
+        if self.kernels.collective is None or len(ranks) == 1 or not self.within[op.group]:
+            return None
+        return self.kernels.collective.time_s(op.kind, len(ranks), np.maximum(op.bytes, 1.0))
+
+
+def product_format(precision: Precision) -> str | None:
+    """The name under which tables keep products of these formats; None where engines have no such kernel."""
+    arithmetic = WEIGHT_FORMATS[precision.weights][1] or "bf16"
+    sixteen = {"bf16", "fp16"}
+    if arithmetic in sixteen and precision.activations in sixteen:
+        return precision.weights if precision.weights not in sixteen else "bf16"
+    return precision.weights if arithmetic == precision.activations else None
+
+
+def attention_format(precision: Precision) -> str:
+    """The arithmetic of attention: 8 bit where the cache is and the products are no wider, 16 bit otherwise."""
+    return "fp8" if precision.kv == "fp8" and precision.activations in {"fp8", "fp4"} else "bf16"
