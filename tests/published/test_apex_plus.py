@@ -1,10 +1,9 @@
 """Measured serving of Llama-3.1-70B by vLLM 0.6.0 on eight H100: three ways to cut it, three traces, two rates.
 
 The runs are those of APEX+ (microsoft/apex_plus @8769096, vllm/results, MIT licence): TP8, two replicas of TP4 and four
-of TP2 behind a round-robin split. What the launch scripts there say is set here: 97 % of the memory; TP2 with a maximum
-length of 24,272 tokens, hence whole prompts first; TP4 and TP8 with the model's 131,072 tokens, for which vLLM 0.6
-turns chunked prefill on with 512 tokens a step. Requests are drawn as Poisson arrivals with the mean lengths of the
-rows; how many there were is estimated from the size of the result files, which have a line for each.
+of TP2 behind a round-robin split. Pools and numbers of requests are those of planner.validation.layouts.apex_plus, with
+97 % of the memory as in the launch scripts. Here all replicas of a plan are simulated together, under Poisson arrivals
+with the mean lengths of the rows.
 
 One number is fitted, the step overhead of the engine profile `vllm-0.6`, to one row: lmsys at 0.25/s on TP8.
 """
@@ -23,21 +22,16 @@ from hwmodels.engine import load_engine
 from hwmodels.hardware import load_cluster
 from hwmodels.huggingface import load_model
 from planner.catalogue import Catalogue
-from planner.plan import Plan, Pool
+from planner.plan import Plan
+from planner.validation.layouts.apex_plus import REQUESTS, SPLITS, pool, requests_in
 from simulator.simulate import run
 from simulator.workload import Fixed, Independent, Poisson, draw_requests
 
 MEASURED = Path(__file__).resolve().parents[3] / "shared" / "reference" / "serving" / "apex_plus.csv"
 pytestmark = pytest.mark.skipif(not MEASURED.exists(), reason=f"no reference data at {MEASURED.name}")
 
-#: Requests of a trace; the split "creation" traces hold more and shorter ones than the whole one.
-REQUESTS: dict[str, int | dict[str, int]] = {
-    "creation": {"8TP": 510, "2DP4TP": 800, "4DP2TP": 800},
-    "lmsys": 1037,
-    "summarization": 1300,
-}
 #: Tensor-parallel degree of the replicas.
-PLANS = {"8TP": 8, "2DP4TP": 4, "4DP2TP": 2}
+PLANS = {plan: tp for plan, (_, tp) in SPLITS.items()}
 CASES = [(trace, rate) for trace in REQUESTS for rate in (0.25, 0.5)]
 FITTED_ON = ("lmsys", 0.25, "8TP")
 
@@ -77,25 +71,17 @@ def catalogue(engine: str) -> Catalogue:
     return Catalogue(load_model("llama-3.1-70b"), load_cluster("hgx-h100", 8), memory)
 
 
-def pool(tp: int) -> Pool:
-    """A replica as the launch scripts started it."""
-    if tp == 2:
-        return Pool(8 // tp, tp=tp, policy="prefill-first", token_budget=24272, max_context_tokens=24272)
-    return Pool(8 // tp, tp=tp, token_budget=512, max_context_tokens=131072)
-
-
 @cache
 def predicted(engine: str, trace: str, rate_per_s: float, plan: str) -> tuple[float, float]:
     """Mean TTFT and TPOT of a simulated run, in seconds."""
     row = measured()[trace, rate_per_s, plan]
-    counts = REQUESTS[trace]
-    count = counts if isinstance(counts, int) else counts[plan]
+    count = requests_in(trace, plan)
     share = row.replicas * PLANS[plan] / 8  # of the requests whose rows there are
     lengths = Independent(
         Fixed(round(row.prompt_tokens / share / count)), Fixed(round(row.output_tokens / share / count))
     )
     requests = draw_requests(np.random.default_rng(7), count, rate_per_s, Poisson(), lengths)
-    deployment = catalogue(engine).deployment(Plan("llama-3.1-70b", "hgx-h100", 8, (pool(PLANS[plan]),), engine))
+    deployment = catalogue(engine).deployment(Plan("llama-3.1-70b", "hgx-h100", 8, (pool(*SPLITS[plan]),), engine))
     log = run(deployment, requests)
     first, finish = np.array(log.first_token_s), np.array(log.finish_s)
     tpot_s = (finish - first) / (requests.output_tokens - 1)
