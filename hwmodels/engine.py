@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from hwmodels.errors import ProfileError
 from hwmodels.yamlfiles import PROFILES, named, read_as
+
+Framework = Literal["vllm", "sglang", "tensorrt-llm"]
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Engine:
     """A serving engine's overheads.
 
-    kernels               whose measured kernels it runs
+    kernels               whose measured kernels price its steps: 'default', and families or formats of a family that
+                          are taken from another framework's timings, such as 'gemm fp4'
     step_overhead_s       host time of a step that the device cannot hide (scheduling, input preparation, sampling)
     sequence_overhead_s   the same per sequence in the step
     request_overhead_s    from the client to the scheduler and back: network, parsing, tokens to text
@@ -25,12 +31,17 @@ class Engine:
 
     name: str
     source: str
-    kernels: Literal["vllm", "sglang", "tensorrt-llm"]
+    kernels: Mapping[str, Framework] = dataclasses.field(hash=False)
     step_overhead_s: float = Field(ge=0)
     sequence_overhead_s: float = Field(ge=0)
     request_overhead_s: float = Field(ge=0)
     memory_fraction: float = Field(gt=0, le=1)
     reserve_bytes: float = Field(ge=0)
+
+    def __post_init__(self) -> None:
+        """Raise ProfileError where no framework is named for what has none of its own."""
+        if "default" not in self.kernels:
+            raise ProfileError(f"engine {self.name}: kernels {dict(self.kernels)}: expected an entry 'default'")
 
 
 def engine_names() -> list[str]:

@@ -8,6 +8,7 @@ kernels the context is step + 1.
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,7 +97,7 @@ class Wheel:
                 continue
             try:
                 frame = convert(pq.read_table(path).to_pandas())
-            except (KeyError, ValueError, OSError, pa.ArrowException) as error:
+            except (KeyError, ValueError, TypeError, AttributeError, OSError, pa.ArrowException) as error:
                 raise MeasurementError(
                     f"{path}: not the layout of {DISTRIBUTION} 0.12 ({error}); "
                     "install the version the extra 'silicon' pins"
@@ -161,25 +162,11 @@ def open_wheel(folder: Path | None = None) -> Wheel:
 
 
 def _version(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Orders '1.3.0rc20' behind '1.3.0rc5': numbers by value, release candidates before what they become."""
+    """Orders '1.3.0rc20' behind '1.3.0rc5' and both before '1.3.0': numbers by value, candidates before the release."""
     parts: list[tuple[int, int, str]] = []
-    digits, letters = "", ""
-    for char in name + ".":
-        if char.isdigit():
-            if letters:
-                parts.append((0, 0, letters))
-                letters = ""
-            digits += char
-        else:
-            if digits:
-                parts.append((1, int(digits), ""))
-                digits = ""
-            if char == "." and letters:
-                parts.append((0, 0, letters))
-                letters = ""
-            elif char != ".":
-                letters += char
-    return tuple(parts)
+    for part in re.findall(r"\d+|[a-z]+", name.lower()):
+        parts.append((3, int(part), "") if part.isdigit() else (2 if part == "post" else 0, 0, part))
+    return (*parts, (1, 0, ""))
 
 
 def _start(raw: pd.DataFrame, dtype: str) -> pd.DataFrame:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, Self, TypeVar
 
+import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
@@ -29,10 +31,7 @@ STAND_INS = {
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Interpolated tables of one device; None for a family that was not measured on it.
-
-    sources   by family, whose kernels these are
-    """
+    """Interpolated tables of one device; None for a family that was not measured on it."""
 
     gemm: GemmTimes | None
     batched_gemm: BatchedGemmTimes | None
@@ -42,7 +41,6 @@ class Kernels:
     mla_prefill: LatentPrefillTimes | None
     mla_decode: LatentDecodeTimes | None
     collective: CollectiveTimes | None
-    sources: Mapping[str, str]
 
 
 class _Model(Protocol):
@@ -58,8 +56,11 @@ class _Model(Protocol):
 M = TypeVar("M", bound=_Model)
 
 
-def open_kernels(device: Device, engine: str, wheel: Wheel | None = None) -> Kernels:
-    """Kernels of `engine` ('vllm', 'sglang', 'tensorrt-llm') on the device, from the installed wheel by default.
+def open_kernels(device: Device, choice: Mapping[str, str], wheel: Wheel | None = None) -> Kernels:
+    """Kernels on the device, from the installed wheel by default.
+
+    choice   whose: 'default', and families ('moe') or formats of a family ('gemm fp4') that are taken from another
+             framework ('vllm', 'sglang', 'tensorrt-llm')
 
     Raises MeasurementError where the wheel is missing or has nothing of the device.
     """
@@ -69,18 +70,16 @@ def open_kernels(device: Device, engine: str, wheel: Wheel | None = None) -> Ker
             f"measured kernels of {device.name}: expected one of {', '.join(wheel.devices())}; "
             "plan with --cost calibrated, or profile the device with 'shardwise profile'"
         )
-    sources: dict[str, str] = {}
 
     def load(kind: type[M], family: str) -> M | None:
-        for name in STAND_INS[engine]:
-            files = wheel.files(device.name, name, family)
-            if family == "collective":
-                files = [*files, *wheel.files(device.name, "nccl", family)]
-            if files:
-                sources[family] = name
-                key = fingerprint(files, device.name, name, family, repr(device))
-                return kind.from_arrays(cached(key, _build(kind, wheel, device, name, family)), device)
-        return None
+        whose = _frameworks(wheel, device.name, choice, family)
+        names = {*whose.values(), "nccl"} if family == "collective" else set(whose.values())
+        files = [path for name in sorted(names) for path in wheel.files(device.name, name, family)]
+        if not files:
+            return None
+        key = fingerprint(files, family, repr(sorted(whose.items())), repr(device))
+        build = partial(_fitted, kind, wheel, device, choice, family)
+        return kind.from_arrays(cached(key, build), device)
 
     return Kernels(
         gemm=load(GemmTimes, "gemm"),
@@ -91,24 +90,51 @@ def open_kernels(device: Device, engine: str, wheel: Wheel | None = None) -> Ker
         mla_prefill=load(LatentPrefillTimes, "mla_prefill"),
         mla_decode=load(LatentDecodeTimes, "mla_decode"),
         collective=load(CollectiveTimes, "collective"),
-        sources=sources,
     )
 
 
-def _build(
-    kind: type[M], wheel: Wheel, device: Device, engine: str, family: str
-) -> Callable[[], dict[str, NDArray[Any]]]:
-    def build() -> dict[str, NDArray[Any]]:
-        return kind.fit(measured_rows(wheel, device, engine, family), device).arrays()
-
-    return build
+def _fitted(
+    kind: type[M], wheel: Wheel, device: Device, choice: Mapping[str, str], family: str
+) -> dict[str, NDArray[Any]]:
+    return kind.fit(measured_rows(wheel, device, choice, family), device).arrays()
 
 
-def measured_rows(wheel: Wheel, device: Device, engine: str, family: str) -> pd.DataFrame:
-    """The wheel's rows of one engine (for collectives NCCL's too) that the device's peaks allow."""
-    frames = [wheel.read(device.name, engine, family)]
+def _frameworks(wheel: Wheel, device: str, choice: Mapping[str, str], family: str) -> dict[str, str]:
+    """By format ('' for all others), the framework whose timings of the family are taken: the chosen, or a stand-in."""
+    words = {"": choice.get(family, choice["default"])}
+    words |= {key.split()[1]: name for key, name in choice.items() if key.startswith(f"{family} ")}
+    found = {}
+    for dtype, name in words.items():
+        able = [other for other in STAND_INS[name] if wheel.files(device, other, family)]
+        if able:
+            found[dtype] = able[0]
+    return found
+
+
+def measured_rows(wheel: Wheel, device: Device, choice: Mapping[str, str], family: str) -> pd.DataFrame:
+    """Rows of the chosen frameworks (for collectives NCCL's too) that the device's peaks allow."""
+    whose = _frameworks(wheel, device.name, choice, family)
+    frames = []
+    for dtype, name in whose.items():
+        rows = wheel.read(device.name, name, family)
+        if (name, family) == ("tensorrt-llm", "gemm"):
+            rows = without_scaling(rows, wheel.read(device.name, name, "quantize"))
+        frames.append(rows[rows["dtype"] == dtype] if dtype else rows[~rows["dtype"].isin(list(whose))])
     if family == "collective":
         frames.append(wheel.read(device.name, "nccl", family))
     rows = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
     kept: pd.DataFrame = rows[~beyond_peak(rows, family, device)].reset_index(drop=True)
     return kept
+
+
+def without_scaling(products: pd.DataFrame, quantize: pd.DataFrame) -> pd.DataFrame:
+    """TensorRT-LLM's fp8 products without the search for the activations' largest value that was timed with them.
+
+    Checkpoints quantised for it bring static scales. On an H200 a product of 8192 x 8192 weights takes 30 us at one row,
+    7 of them for this; vLLM's, timed with static scales, takes 22.
+    """
+    scales = quantize[quantize["kind"] == "scale"].groupby(["m", "k"])["seconds"].median()
+    keys = pd.MultiIndex.from_frame(products[["m", "k"]])
+    extra = scales.reindex(keys).fillna(0.0).to_numpy() * (products["dtype"] == "fp8").to_numpy()
+    seconds = np.maximum(products["seconds"].to_numpy() - extra, 0.5 * products["seconds"].to_numpy())
+    return products.assign(seconds=seconds)

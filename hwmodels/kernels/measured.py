@@ -11,6 +11,10 @@ from hwmodels.mapping import WEIGHT_FORMATS, Mapping, Precision
 from hwmodels.operators import Array, AttentionCore, Communication, Experts, Gemm, Operator
 from hwmodels.roofline import AnalyticCost
 
+#: Popularity of experts: a power law of this exponent, the one of the measured distributions that is nearest to what
+#: serving shows (AIConfigurator's default too); hwmodels.kernels.expert_routing says what it means.
+ROUTING = 1.2
+
 
 class MeasuredCost:
     """Prices operators from measured kernels; one per (cluster, mapping, engine).
@@ -69,7 +73,7 @@ class MeasuredCost:
             return None
         return self.kernels.moe.time_s(
             dtype, np.maximum(op.tokens, 1.0), op.hidden, op.intermediate, op.experts, op.top_k, op.tp, op.ep,
-            gated=op.gated,
+            gated=op.gated, distribution=ROUTING,
         )  # fmt: skip
 
     def _prefill(self, op: AttentionCore) -> Estimate | None:

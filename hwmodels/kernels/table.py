@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +147,8 @@ FAMILIES: dict[str, Family] = {
 
 #: A time may undercut the peaks by this much: boost clocks, caches that keep part of a cycled buffer, rounding.
 TOLERANCE = 1.05
+#: Where not one kernel with this much to do reaches this share of the peak, the times are not in seconds.
+LONG_S, SLOW = 1e-4, 1e-3
 
 
 def family_named(name: str) -> Family:
@@ -157,10 +161,13 @@ def family_named(name: str) -> Family:
 def checked(frame: pd.DataFrame, name: str, where: str) -> pd.DataFrame:
     """The table in the family's column order and types.
 
-    Raises MeasurementError for missing or unknown columns, missing values, times or counts that are not positive, and
-    keys that occur twice; `where` names the file in the message.
+    Raises MeasurementError for missing, unknown or repeated columns, missing values, number formats without a name,
+    times or counts that are not positive, and keys that occur twice; `where` names the file in the message.
     """
     family = family_named(name)
+    repeated = sorted(set(frame.columns[frame.columns.duplicated()].astype(str)))
+    if repeated:
+        raise MeasurementError(f"{where}: columns {repeated} occur more than once; keep one of each")
     missing = [c for c in family.columns if c not in frame.columns]
     unknown = [c for c in frame.columns if c not in family.columns]
     if missing or unknown:
@@ -170,27 +177,36 @@ def checked(frame: pd.DataFrame, name: str, where: str) -> pd.DataFrame:
     frame = frame.loc[:, list(family.columns)].reset_index(drop=True)
     for column in family.columns:
         values = frame[column]
-        empty = values.isna() if column in TEXT or column != "spread" else pd.Series(False, index=values.index)
+        empty = values.isna() & (column != "spread")
         if empty.any():
             raise MeasurementError(
                 f"{where}: row {int(np.argmax(empty))}: {column} is missing; drop the row or fill it"
             )
         if column in TEXT:
             frame[column] = values.astype(str)
+            known = _formats(family, column)
+            bad = (~frame[column].isin(known) if known else frame[column].str.strip() == "").to_numpy(bool)
+            if bad.any():
+                row = int(np.argmax(bad))
+                expected = f"one of {', '.join(known)}" if known else "a name"
+                raise MeasurementError(f"{where}: row {row}: {column} = {values[row]!r}; expected {expected}")
             continue
-        numbers = pd.to_numeric(values, errors="coerce")
-        if column == "spread":
-            frame[column] = numbers.astype(float)
-            continue
-        least = 0 if column in {"before", "window", "gated"} else 1
-        bad = ~np.isfinite(numbers) | (numbers <= 0 if column == "seconds" else numbers < least)
-        if column != "seconds":
-            bad |= numbers != np.floor(numbers)
+        numbers = pd.to_numeric(values, errors="coerce").to_numpy(float, na_value=np.nan)
+        least = 0 if column in {"before", "window", "gated", "spread"} else 1
+        if column == "seconds":
+            bad = ~np.isfinite(numbers) | (numbers <= 0)
+            expected = "a positive time in seconds"
+        elif column == "spread":
+            bad = values.notna().to_numpy(bool) & ~(np.isfinite(numbers) & (numbers >= 0))
+            expected = "a share of the median of at least 0, or nothing"
+        else:
+            # Beyond 2^53 a float no longer tells whole numbers apart.
+            bad = ~np.isfinite(numbers) | (numbers < least) | (numbers != np.floor(numbers)) | (numbers > 2**53)
+            expected = f"a whole number of at least {least}"
         if bad.any():
             row = int(np.argmax(bad))
-            expected = "a positive time in seconds" if column == "seconds" else f"a whole number of at least {least}"
             raise MeasurementError(f"{where}: row {row}: {column} = {values[row]!r}; expected {expected}")
-        frame[column] = numbers.astype(float if column == "seconds" else np.int64)
+        frame[column] = numbers.astype(float if column in {"seconds", "spread"} else np.int64)
     twice = frame.duplicated(list(family.key))
     if twice.any():
         row = int(np.argmax(twice))
@@ -199,19 +215,32 @@ def checked(frame: pd.DataFrame, name: str, where: str) -> pd.DataFrame:
     return frame
 
 
+def _formats(family: Family, column: str) -> tuple[str, ...]:
+    """Names a column of number formats may hold; empty for other columns and families without a floor."""
+    if family.floor is None or column not in {"dtype", "kv_dtype"}:
+        return ()
+    weights = column == "dtype" and family.name in {"gemm", "batched_gemm", "moe"}
+    return tuple(WEIGHT_FORMATS if weights else DTYPE_BYTES)
+
+
 def beyond_peak(frame: pd.DataFrame, name: str, device: Device) -> pd.Series:
     """Which rows claim more than the device's peak arithmetic or memory bandwidth allows (times TOLERANCE)."""
+    return pd.Series(frame["seconds"].to_numpy(float) < _least_s(frame, name, device) / TOLERANCE, index=frame.index)
+
+
+def _least_s(frame: pd.DataFrame, name: str, device: Device) -> np.ndarray:
+    """Seconds the device's peaks ask for, by row; 0 for families without a floor."""
     floor = family_named(name).floor
     if floor is None or frame.empty:
-        return pd.Series(False, index=frame.index)
+        return np.zeros(len(frame))
     flops, nbytes, arithmetic = floor(frame)
     peaks = dict(device.peak_flops_per_s)
     wide = peaks.get("bf16", peaks.get("fp16", max(peaks.values())))
     peak = arithmetic.map(lambda kind: peaks.get(str(kind), wide)).to_numpy(float)
     # Repeated launches may find small operands in the cache, so bandwidth is only held against large ones.
     memory_s = np.where(nbytes > 256e6, nbytes / device.memory_bytes_per_s, 0.0)
-    least_s = np.maximum(flops / peak, memory_s) / TOLERANCE
-    return pd.Series(frame["seconds"].to_numpy(float) < least_s, index=frame.index)
+    least_s: np.ndarray = np.maximum(flops / peak, memory_s)
+    return least_s
 
 
 def checked_against(frame: pd.DataFrame, name: str, device: Device, where: str) -> pd.DataFrame:
@@ -227,6 +256,14 @@ def checked_against(frame: pd.DataFrame, name: str, device: Device, where: str) 
             f"{where}: row {row} takes {frame['seconds'].iloc[row]:.3g} s, less than the peak of {device.name} allows; "
             "check the unit of the times (seconds) and of the sizes (elements, not bytes, in matrix shapes)"
         )
+    least_s = _least_s(frame, name, device)
+    long = least_s > LONG_S
+    if long.any() and (least_s[long] < frame["seconds"].to_numpy(float)[long] * SLOW).all():
+        row = int(np.argmax(long))
+        raise MeasurementError(
+            f"{where}: row {row} takes {frame['seconds'].iloc[row]:.3g} s, and no row like it reaches a thousandth of "
+            f"the peak of {device.name}; check the unit of the times (seconds)"
+        )
     return frame
 
 
@@ -240,9 +277,27 @@ def read_table(path: Path, name: str) -> pd.DataFrame:
 
 
 def write_table(frame: pd.DataFrame, name: str, path: Path) -> None:
-    """Write the table as Parquet, whole or not at all; raises MeasurementError where it breaks the schema."""
-    frame = checked(frame, name, str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), unfinished, compression="zstd")
-    unfinished.replace(path)
+    """Write the table as Parquet, whole or not at all, also beside other writers of the same path.
+
+    Raises MeasurementError where it breaks the schema or the folder cannot be written.
+    """
+    table = pa.Table.from_pandas(checked(frame, name, str(path)), preserve_index=False)
+    unfinished: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        unfinished = Path(temporary)
+        pq.write_table(table, unfinished, compression="zstd")
+        # A temporary file is private (0600); the table gets what open() would have given it.
+        mask = os.umask(0)
+        os.umask(mask)
+        unfinished.chmod(0o666 & ~mask)
+        unfinished.replace(path)
+    except OSError as error:
+        raise MeasurementError(
+            f"{path}: cannot be written ({error.strerror or error}); choose a folder that can be written"
+        ) from None
+    finally:
+        if unfinished is not None:
+            unfinished.unlink(missing_ok=True)

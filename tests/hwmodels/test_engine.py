@@ -25,7 +25,7 @@ def test_every_engine_is_plausible_and_sourced(name):
 
 VALID = """name: mine
 source: made up for this test
-kernels: vllm
+kernels: {default: vllm}
 step_overhead_s: 0.001
 sequence_overhead_s: 0
 request_overhead_s: 0.002

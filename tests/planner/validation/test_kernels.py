@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hwmodels import operators as ops
+from hwmodels.efficiency import Efficiency
 from hwmodels.errors import MeasurementError
 from hwmodels.hardware import load_cluster, load_device
 from hwmodels.huggingface import load_model
@@ -167,6 +170,10 @@ def test_of_several_kernels_the_fastest_counts(kernels_):
     assert len(fastest(rows, "gemm", np.random.default_rng(0), 2)) <= 2
 
 
+#: A device whose kernels reach half of what is usual.
+SLOW = replace(H100, efficiency=Efficiency(gemm_mfu=0.375, memory_mbu=0.45))
+
+
 def collectives():
     """All-reduces that take what the calibrated cost model says."""
     rows = [{"kind": "all-reduce", "gpus": gpus, "nodes": 1, "bytes": 2**e, "dtype": "bf16"}
@@ -179,7 +186,7 @@ def products():
     made = table(
         "gemm", *({"m": m, "n": n, "k": 4096, "dtype": "bf16"} for m in (1, 16, 256, 4096) for n in (512, 8192))
     )
-    return made.assign(seconds=analytic_s(made, "gemm", HARDWARE, H100))
+    return made.assign(seconds=analytic_s(made, "gemm", HARDWARE, SLOW))
 
 
 @pytest.fixture
@@ -188,11 +195,11 @@ def no_holdouts(monkeypatch):
 
 
 def test_the_calibrated_model_predicts_what_it_made(no_holdouts):
-    report = kernel_report({"gemm": products(), "collective": collectives()}, HARDWARE, H100)
+    report = kernel_report({"gemm": products(), "collective": collectives()}, HARDWARE, SLOW)
     errors = {(group.cost, group.family): group.whole for group in report.groups}
     assert errors[CALIBRATED, "gemm"].p90 < 1e-12
     assert errors[CALIBRATED, "collective"].p90 < 1e-12
-    assert errors[ANALYTIC, "gemm"].median > 1e-3  # the default efficiencies are not this device's
+    assert errors[ANALYTIC, "gemm"].bias < -0.1  # the default efficiencies promise too much of this device
     assert report.measured == {"gemm": 8, "collective": 54}
     assert report.software == {"gemm": ("vllm 1",), "collective": ("vllm 1",)}
     assert report.not_interpolated == ("gemm", "collective")
@@ -223,6 +230,81 @@ def test_figures_of_a_family_do_not_hang_on_the_others(no_holdouts):
 
 def test_every_holdout_belongs_to_a_family():
     assert set(kernels.HELD_OUT) <= set(FAMILIES)
+
+
+def noisy(family, *shapes, **fixed):
+    """A table around the calibrated cost model: every row up to 5 % off, no two alike."""
+    made = table(family, *({"dtype": "bf16", **fixed, **shape} for shape in shapes))
+    price = analytic_s(made, family, HARDWARE, H100)
+    return made.assign(seconds=price * (1 + 0.05 * np.random.default_rng(1).random(len(made))))
+
+
+def grid(**axes):
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+SIZES = [1, 4, 16, 64, 256, 1024, 4096]
+TABLES = {
+    "gemm": noisy("gemm", *grid(m=SIZES, n=[512, 1024, 4096, 8192], k=[512, 2048, 8192])),
+    "batched_gemm": noisy("batched_gemm", *grid(groups=[4, 16, 64], m=SIZES), n=512, k=128),
+    "moe": noisy(
+        "moe", *grid(tokens=SIZES, hidden=[2048, 4096], ep=[1, 4]), intermediate=1024, experts=64, top_k=4, tp=1,
+        gated=1, distribution="balanced",
+    ),
+    "attention_prefill": noisy(
+        "attention_prefill", *grid(batch=[1, 4, 16], new=SIZES[2:], heads=[8, 32]), before=0, kv_heads=8, head_dim=128,
+        window=0, kv_dtype="bf16",
+    ),
+    "attention_decode": noisy(
+        "attention_decode", *grid(batch=[1, 4, 16, 64], context=SIZES[2:], heads=[8, 32]), kv_heads=8, head_dim=128,
+        window=0, kv_dtype="bf16",
+    ),
+    "mla_prefill": noisy(
+        "mla_prefill", *grid(batch=[1, 4, 16], new=SIZES[2:], heads=[16, 128]), before=0, kv_dtype="bf16"
+    ),
+    "mla_decode": noisy("mla_decode", *grid(batch=[1, 4, 16, 64], context=SIZES[2:], heads=[16, 128]), kv_dtype="bf16"),
+    "collective": noisy(
+        "collective", *grid(kind=["all-reduce", "all-gather"], gpus=[2, 8], bytes=[2**e for e in range(10, 28, 3)]),
+        nodes=1,
+    ),
+    "expert_exchange": noisy(
+        "expert_exchange", *grid(kind=["dispatch", "combine"], gpus=[4, 8], tokens=SIZES), nodes=1, hidden=7168,
+        experts=256, top_k=8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", kernels.HELD_OUT)
+def test_what_is_left_out_tells_nothing_about_its_prediction(family):
+    """A tenth more in the row that is left out: its prediction stays what it was, to the last bit."""
+    rows = TABLES[family]
+    changed = int(np.random.default_rng(2).integers(len(rows)))
+    more = rows.copy()
+    more.loc[changed, "seconds"] *= 1.1
+
+    def predictions(table):
+        found = kernels.HELD_OUT[family](table, H100, np.random.default_rng(3), 10_000)
+        found = found[found["seconds"] == table["seconds"].iloc[changed]]
+        return found.groupby("experiment")["predicted_s"].agg(list).to_dict()
+
+    before, after = predictions(rows), predictions(more)
+    assert "point" in before
+    assert after == before
+
+
+@pytest.mark.parametrize("family", kernels.HELD_OUT)
+def test_left_out_rows_of_a_smooth_table_are_predicted(family):
+    report = kernel_report({family: TABLES[family]}, HARDWARE, H100, rows=500)
+    point = next(group for group in report.groups if (group.cost, group.experiment) == (INTERPOLATED, "point"))
+    assert point.whole.median < 0.15
+    calibrated = next(group for group in report.groups if group.cost == CALIBRATED)
+    assert 0 < calibrated.whole.p90 < 0.05
+
+
+@pytest.mark.parametrize("family", kernels.HELD_OUT)
+def test_a_single_row_is_priced_by_the_roofline_only(family):
+    report = kernel_report({family: TABLES[family].iloc[:1]}, HARDWARE, H100)
+    assert {group.cost for group in report.groups} == {CALIBRATED, ANALYTIC}
 
 
 def test_left_out_collectives_are_predicted_from_their_neighbours():
