@@ -24,6 +24,8 @@ class Engine:
                           are taken from another framework's timings, such as 'gemm fp4'
     step_overhead_s       host time of a step that the device cannot hide (scheduling, input preparation, sampling)
     sequence_overhead_s   the same per sequence in the step
+    prompt_overhead_s     host and launch time that a step with prompt tokens takes beyond that: it runs outside the
+                          captured graphs, and its inputs are new
     request_overhead_s    from the client to the scheduler and back: network, parsing, tokens to text
     memory_fraction       share of the device's memory the engine may use
     reserve_bytes         part of that share taken by CUDA context, graphs and communication buffers
@@ -34,6 +36,7 @@ class Engine:
     kernels: Mapping[str, Framework] = dataclasses.field(hash=False)
     step_overhead_s: float = Field(ge=0)
     sequence_overhead_s: float = Field(ge=0)
+    prompt_overhead_s: float = Field(ge=0)
     request_overhead_s: float = Field(ge=0)
     memory_fraction: float = Field(gt=0, le=1)
     reserve_bytes: float = Field(ge=0)

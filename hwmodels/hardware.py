@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hwmodels.efficiency import ESTIMATES, Calibration
+from hwmodels.efficiency import Efficiency as Efficiency
+from hwmodels.efficiencyfile import CalibrationFile, EfficiencyFile, Fraction, Positive, Text
 from hwmodels.errors import ProfileError
 from hwmodels.yamlfiles import PROFILES, is_path, named, read_mapping, unknown_name, validated
 
@@ -24,29 +27,6 @@ Kind = Literal["gpu", "tpu", "npu", "cpu"]
 
 
 @dataclass(frozen=True, slots=True)
-class Efficiency:
-    """What kernels reach of a device's peaks; the roofline's only fitted coefficients.
-
-    gemm_mfu            fraction of peak FLOP/s that large matrix products reach, in (0, 1]
-    attention_mfu       the same for prefill attention (softmax between the two products)
-    memory_mbu          fraction of peak memory bandwidth that long streams reach, in (0, 1]
-    memory_half_bytes   bytes at which a kernel reaches half of that: bandwidth(x) = mbu * peak * x / (x + half)
-    gemm_tile           rows and columns of the output tile one compute unit works on at full rate
-
-    The defaults are estimates for a data-centre GPU of NVIDIA's Ampere generation or later: library GEMMs at 0.75,
-    attention at 0.55 (FlashAttention-3, arXiv:2407.08608, reports up to 0.75 of H100's peak; prompts being served are
-    shorter and uneven), streams at 0.9, a ramp of about one microsecond of bandwidth, tiles of 128 x 128.
-    Profile files override them and their `source` says on what ground.
-    """
-
-    gemm_mfu: float = 0.75
-    attention_mfu: float = 0.55
-    memory_mbu: float = 0.9
-    memory_half_bytes: float = 3e6
-    gemm_tile: tuple[int, int] = (128, 128)
-
-
-@dataclass(frozen=True, slots=True)
 class Device:
     """One accelerator as an engine sees it.
 
@@ -56,6 +36,7 @@ class Device:
     kernel_launch_s    time between two dependent kernels in a captured graph
     price_usd_per_h    rent of one device; None where there is no market
     default_cluster    cluster profile the device is usually built into
+    calibration        by operator family, what the coefficients of `efficiency.kernels` were fitted to
     """
 
     name: str
@@ -71,7 +52,18 @@ class Device:
     price_usd_per_h: float | None
     default_cluster: str
     source: str
-    efficiency: Efficiency = Efficiency()
+    efficiency: Efficiency = ESTIMATES
+    calibration: Mapping[str, Calibration] = field(default_factory=dict, hash=False)
+
+    def calibrated(self, family: str) -> bool:
+        """Whether coefficients of the operator family (a name of hwmodels.efficiency.CALIBRATED) were fitted."""
+        return bool(getattr(self.efficiency.kernels, family, None))
+
+    def of_engine(self, engine: str) -> Device:
+        """The device with the coefficients fitted to that engine's own kernels, where there are some."""
+        if engine not in self.efficiency.engines:
+            return self
+        return replace(self, efficiency=self.efficiency.of_engine(engine))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,22 +117,11 @@ class Cluster:
         return -(-self.gpus // self.gpus_per_node)
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
-Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
 Count = Annotated[int, Field(gt=0, le=MAX_GPUS, strict=True)]
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _EfficiencyFile(_File):
-    gemm_mfu: Fraction = Efficiency().gemm_mfu
-    attention_mfu: Fraction = Efficiency().attention_mfu
-    memory_mbu: Fraction = Efficiency().memory_mbu
-    memory_half_mb: Positive = Efficiency().memory_half_bytes / 1e6
-    gemm_tile: tuple[Count, Count] = Efficiency().gemm_tile
 
 
 class _DeviceFile(_File):
@@ -159,7 +140,8 @@ class _DeviceFile(_File):
     tdp_w: Positive
     idle_w: Positive
     price_usd_per_h: Positive | None = None
-    efficiency: _EfficiencyFile = _EfficiencyFile()
+    efficiency: EfficiencyFile = EfficiencyFile()
+    calibration: dict[Text, CalibrationFile] = {}
 
     @model_validator(mode="after")
     def _idle_below_tdp(self) -> Self:
@@ -169,7 +151,6 @@ class _DeviceFile(_File):
 
     def device(self) -> Device:
         """In SI."""
-        e = self.efficiency
         return Device(
             name=self.name,
             vendor=self.vendor,
@@ -184,7 +165,8 @@ class _DeviceFile(_File):
             price_usd_per_h=self.price_usd_per_h,
             default_cluster=self.cluster,
             source=self.source,
-            efficiency=Efficiency(e.gemm_mfu, e.attention_mfu, e.memory_mbu, e.memory_half_mb * 1e6, e.gemm_tile),
+            efficiency=self.efficiency.efficiency(),
+            calibration={family: file.calibration() for family, file in self.calibration.items()},
         )
 
 

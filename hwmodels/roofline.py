@@ -1,4 +1,7 @@
-"""The analytic cost model: a roofline whose efficiency is a curve over size."""
+"""The analytic cost model: a roofline whose efficiency is a curve over size, fitted to real kernels where it could be.
+
+Kernels of a calibrated format follow hwmodels.kernelforms with the device's coefficients; others the estimates below.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,22 @@ from functools import lru_cache
 
 import numpy as np
 
+from hwmodels import kernelforms
 from hwmodels.collectives import Collective, compile_collective
+from hwmodels.efficiency import DecodeCoefficients, ExpertCoefficients, GemmCoefficients, PrefillCoefficients
 from hwmodels.hardware import Cluster, Device
-from hwmodels.mapping import DTYPE_BYTES, Mapping, Precision, weight_bytes
-from hwmodels.operators import Array, AttentionCore, Communication, Elementwise, Experts, Gemm, GroupedGemm, Operator
+from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, Mapping, Precision, weight_bytes
+from hwmodels.operators import (
+    Array,
+    AttentionCore,
+    Communication,
+    Elementwise,
+    Experts,
+    Gemm,
+    GroupedGemm,
+    Operator,
+    wire_bytes,
+)
 
 #: Tile menu relative to the device's GEMM tile: (rows, columns, share of the full tile's rate). A library picks the
 #: fastest; smaller tiles reuse less data per byte loaded into the multiprocessor. Estimated from the ratio of
@@ -75,7 +90,13 @@ class AnalyticCost:
 
     def sources(self, op: Operator) -> dict[str, float]:
         """The same seconds, summed, by what they rest on."""
-        return {"analytic": float(np.sum(self.time_s(op)))}
+        return {"calibrated" if self.calibrated(op) else "analytic": float(np.sum(self.time_s(op)))}
+
+    def calibrated(self, op: Operator) -> bool:
+        """Whether the price rests on coefficients fitted to kernels of its family and formats."""
+        if isinstance(op, (Communication, Elementwise, GroupedGemm)):
+            return False
+        return _coefficients(op, self.device) is not None
 
     def collective(self, kind: str, group: str) -> Collective:
         """The collective `kind` over the rank group called `group`."""
@@ -83,6 +104,10 @@ class AnalyticCost:
 
     def kernel_time_s(self, op: Gemm | GroupedGemm | AttentionCore | Elementwise | Experts) -> Array:
         """Seconds of one launch; zero where there is nothing to do."""
+        if not isinstance(op, (Elementwise, GroupedGemm)):
+            fitted = _coefficients(op, self.device)
+            if fitted is not None:
+                return np.where(op.bytes > 0, _fitted_time_s(op, fitted, self.device), 0.0)
         if isinstance(op, Experts):
             parts: Array = sum((self.kernel_time_s(part) for part in op.parts), np.zeros_like(op.rows))
             return parts
@@ -109,6 +134,72 @@ def attention_dtype(precision: Precision, device: Device) -> str:
     if precision.activations == "fp32":
         return "fp32"
     return next(dtype for dtype in ("bf16", "fp16", "fp32") if dtype in device.peak_flops_per_s)
+
+
+def product_format(precision: Precision) -> str | None:
+    """The name of a product of these formats in tables and coefficients; None where engines have no such kernel."""
+    arithmetic = WEIGHT_FORMATS[precision.weights][1] or "bf16"
+    sixteen = {"bf16", "fp16"}
+    if arithmetic in sixteen and precision.activations in sixteen:
+        return precision.weights if precision.weights not in sixteen else "bf16"
+    return precision.weights if arithmetic == precision.activations else None
+
+
+def attention_formats(op: AttentionCore) -> str:
+    """Key of the coefficients: prefill over an 8-bit cache multiplies in 8 bit where products do."""
+    p = op.precision
+    cache = "bf16" if p.kv == "fp16" else p.kv
+    window = "" if op.window_tokens is None else "/window"
+    if op.phase == "prefill" and p.kv == "fp8" and p.activations in {"fp8", "fp4"}:
+        return f"fp8/{cache}{window}"
+    return f"bf16/{cache}{window}"
+
+
+Coefficients = GemmCoefficients | ExpertCoefficients | PrefillCoefficients | DecodeCoefficients
+
+
+def _coefficients(op: Gemm | Experts | AttentionCore, device: Device) -> Coefficients | None:
+    """What was fitted to kernels like `op`; None where none were."""
+    kernels = device.efficiency.kernels
+    if isinstance(op, AttentionCore):
+        formats = attention_formats(op)
+        if op.phase == "prefill":
+            return (kernels.attention_prefill if op.qk_dim == op.value_dim else kernels.mla_prefill).get(formats)
+        return (kernels.mla_decode if op.shared else kernels.attention_decode).get(formats)
+    found = product_format(op.precision)
+    if found is None:
+        return None
+    return kernels.moe.get(found) if isinstance(op, Experts) else kernels.gemm.get(found)
+
+
+def _fitted_time_s(op: Gemm | Experts | AttentionCore, c: Coefficients, device: Device) -> Array:
+    """Seconds of one launch by the equation of its kind."""
+    p = op.precision
+    if isinstance(op, Gemm) and isinstance(c, GemmCoefficients):
+        return kernelforms.gemm_time_s(
+            c, op.m, op.n, op.k, op.groups, device, device.peak_flops_per_s[arithmetic_dtype(p, device)],
+            DTYPE_BYTES[p.activations], weight_bytes(p.weights), wire_bytes(p),
+        )  # fmt: skip
+    if isinstance(op, Experts) and isinstance(c, ExpertCoefficients):
+        return kernelforms.experts_time_s(
+            c, op.rows, op.active, op.experts / op.ep, op.hidden, np.ceil(op.intermediate / op.tp), 2 + op.gated,
+            device, device.peak_flops_per_s[arithmetic_dtype(p, device)], weight_bytes(p.weights),
+        )  # fmt: skip
+    assert isinstance(op, AttentionCore)
+    kv_bytes = DTYPE_BYTES[p.kv]
+    if isinstance(c, PrefillCoefficients):
+        formats = attention_formats(op)
+        kind = "fp8" if formats.startswith("fp8") and "fp8" in device.peak_flops_per_s else attention_dtype(p, device)
+        return kernelforms.prefill_time_s(
+            c, 1.0, op.queries, op.read, op.pairs, op.heads, op.kv_heads, op.qk_dim, op.value_dim, device,
+            device.peak_flops_per_s[kind], kv_bytes,
+        )  # fmt: skip
+    assert isinstance(c, DecodeCoefficients)
+    return kernelforms.decode_time_s(
+        c, op.queries, op.read / np.maximum(op.queries, 1.0), op.heads, op.kv_heads, op.qk_dim, op.value_dim,
+        op.qk_dim if op.shared else op.qk_dim + op.value_dim, device,
+        device.peak_flops_per_s[attention_dtype(p, device)], kv_bytes,
+    )  # fmt: skip
 
 
 def rank_groups(mapping: Mapping) -> dict[str, tuple[int, ...]]:

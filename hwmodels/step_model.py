@@ -286,9 +286,11 @@ class StepModel:
         self._run_base = [packed(shared + np.asarray(base)[:rows]) for base in only.decode.base]
         self._run_slope = [packed(np.asarray(slope)[:rows] / np.maximum(n, 1)) for slope in only.decode.slope]
 
-    def overhead_s(self, sequences: int) -> float:
-        """Host time of a step."""
-        return self.engine.step_overhead_s + sequences * self.engine.sequence_overhead_s
+    def overhead_s(self, sequences: int, prompts: bool) -> float:
+        """Host time of a step, with prompt tokens in it or without."""
+        engine = self.engine
+        once = engine.step_overhead_s + (engine.prompt_overhead_s if prompts else 0.0)
+        return once + sequences * engine.sequence_overhead_s
 
     def step_s(self, sequences: int, context: int, items: Sequence[Item]) -> float:
         """Seconds of one step of a replica with one stage and one attention group."""
@@ -298,7 +300,7 @@ class StepModel:
             piece = bisect_left(decode.knots, context / sequences) if decode.knots else 0
             return self._run_base[piece][sequences] + self._run_slope[piece][sequences] * context
         tokens = sequences
-        value = engine.step_overhead_s
+        value = engine.step_overhead_s + engine.prompt_overhead_s
         base, slope = prefill.base[0], prefill.slope[0]
         for new, before in items:
             tokens += new
@@ -343,14 +345,14 @@ class StepModel:
             first, slope, steps = _group_run(tables, sequences, context)
             runs.append((first, slope))
             most = min(most, steps)
-        runs[0] = (runs[0][0] + self.overhead_s(sequences), runs[0][1])
+        runs[0] = (runs[0][0] + self.overhead_s(sequences, False), runs[0][1])
         return runs, most
 
     def stages_s(self, sequences: int, context: int, items: Sequence[Item]) -> list[float]:
         """Seconds in each pipeline stage; the engine's own work is done once, before the first."""
         batch = (sequences, context, items)
         times = [tables.group(batch)[0] for tables in self.stages]
-        times[0] += self.overhead_s(sequences + len(items))
+        times[0] += self.overhead_s(sequences + len(items), bool(items))
         return times
 
     def lockstep_s(self, batches: Sequence[Batch]) -> float:
@@ -359,12 +361,14 @@ class StepModel:
         slowest = 0.0
         total = 0
         sampled = 0
+        prompts = False
         for batch in batches:
             value, tokens = tables.group(batch)
             slowest = max(slowest, value)
             total += tokens
             sampled = max(sampled, batch[0] + len(batch[2]))
-        return slowest + tables.shared[total] + self.overhead_s(sampled)
+            prompts = prompts or bool(batch[2])
+        return slowest + tables.shared[total] + self.overhead_s(sampled, prompts)
 
 
 def _group_run(tables: Tables, sequences: int, context: int) -> tuple[float, float, float]:

@@ -29,6 +29,7 @@ class LockstepReplica:
         "_first",
         "_rise",
         "_running",
+        "_prompts",
         "_sampled",
         "_slope",
         "_start",
@@ -64,6 +65,7 @@ class LockstepReplica:
         self._running = [0] * groups  # its decoding sequences
         self._context = [0] * groups  # and the tokens they attended to in the first step of the run
         self._tokens = [0] * groups
+        self._prompts = [False] * groups
         self._sampled = [0] * groups
 
     def enqueue(self, request: int, at_s: float) -> None:
@@ -120,7 +122,7 @@ class LockstepReplica:
                         steps = min(steps, int((slowest - time) / (rise - slope)) + 1)
         model = self.model
         total = sum(self._tokens)
-        self._first = slowest + model.stages[0].shared[total] + model.overhead_s(max(self._sampled))
+        self._first = slowest + model.stages[0].shared[total] + model.overhead_s(max(self._sampled), any(self._prompts))
         self._slope = slope
         self._steps = steps
         self.end = start + steps * (self._first + slope * (steps - 1) / 2)
@@ -144,6 +146,7 @@ class LockstepReplica:
         self._running[lane] = running
         self._context[lane] = context
         self._rise[lane] = 0.0
+        self._prompts[lane] = bool(works and chunks)
         if not works:
             self._ends[lane] = inf
             self._base[lane] = 0.0

@@ -17,14 +17,16 @@ import typer
 
 from hwmodels.errors import ShardwiseError
 from ui.validating import app as validate_app
+from ui.validatingkernels import kernels as kernels_command
+from ui.validatingkernels import plan as plan_prices_command
 
 if TYPE_CHECKING:
     from simulator.result import Result
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong usage; 3 a model, device, engine or workload that is unknown or whose file
 is wrong; 4 a plan, limit or setting that contradicts itself or the model; 5 a plan that does not fit in memory; 6 a
-trace or traffic that cannot be replayed; 7 no plan fits or keeps the limits; 8 results that cannot be written; 9 measurements that are missing or wrong; 130
-interrupted. Errors are one line on standard error."""
+trace or traffic that cannot be replayed; 7 no plan fits or keeps the limits; 8 results that cannot be written; 9
+measurements that are missing or wrong; 130 interrupted. Errors are one line on standard error."""
 
 app = typer.Typer(
     name="shardwise",
@@ -36,6 +38,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+validate_app.command("kernels")(kernels_command)
+validate_app.command("plan")(plan_prices_command)
 app.add_typer(validate_app)
 
 #: What typer raises for options it cannot read, wherever it keeps click.

@@ -88,7 +88,6 @@ def _unpacked(body: bytes) -> Iterable[tuple[str, NDArray[Any]]]:
 def _store(path: Path, arrays: Arrays) -> None:
     parts = [len(arrays).to_bytes(8, "little")]
     for name, values in arrays.items():
-        values = np.ascontiguousarray(values)
         if values.dtype.hasobject:
             raise TypeError(f"{name}: expected plain numbers or text, found objects")
         head = "\t".join((name, values.dtype.str, *map(str, values.shape))).encode()

@@ -125,7 +125,7 @@ class CollectiveTimes:
         else:
             nearest = int(curves[np.argmin(np.abs(np.log(measured / gpus)))])
             log_s = self._scaled(nearest, kind, gpus, grid)
-        return grid, log_s, (float(grid[0]), float(grid[-1]), 0.0)
+        return grid, np.maximum.accumulate(log_s), (float(grid[0]), float(grid[-1]), 0.0)
 
     def _last(self, i: int) -> float:
         return float(self.bytes[self.starts[i + 1] - 1])

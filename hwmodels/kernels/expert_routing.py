@@ -1,6 +1,6 @@
 """How many routed rows and touched experts does one rank of an expert-parallel group get?
 
-Distributions are those of the measured tables, as their times show (H200, SGLang, DeepSeek-V3 in fp8):
+Distributions are those of the measured tables, as their times show (H200, TensorRT-LLM, DeepSeek-V3 in fp8):
 
 balanced       tokens take experts in turn: rows = tokens * top_k / ep on every rank, and as many experts touched as
                there are rows until all are (time grows in proportion up to tokens = experts / top_k, then stops)
@@ -78,7 +78,8 @@ def load(tokens: Array, experts: int, top_k: int, ep: int, exponent: float) -> L
         return Load(rows, np.minimum(busiest_rank_experts(touched, here, ep), rows))
     grid, shares, touched = _power_law(experts, top_k, ep, exponent)
     at = np.log2(np.clip(tokens, 1, 2.0**DOUBLINGS))
-    return Load(mean * np.interp(at, grid, shares), np.minimum(np.interp(at, grid, touched), here))
+    rows = mean * np.interp(at, grid, shares)
+    return Load(rows, np.minimum(np.interp(at, grid, touched), np.minimum(here, rows)))
 
 
 @lru_cache(maxsize=4096)

@@ -36,6 +36,8 @@ ROUNDS = 2
 STEPS = 6
 #: A shape counts as measured within this factor of a timed one, in n and in k.
 NEAR = 2.0
+#: Share of the neighbours, by weight, that must have been timed at a size to fill in for a shape that was not.
+MAJORITY = 0.5
 #: Bytes of weights from which caches cannot hide the memory's peak bandwidth (as in hwmodels.kernels.table).
 UNCACHED_BYTES = 256e6
 
@@ -74,7 +76,7 @@ class Curve:
     """Times of one weight shape over m.
 
     log_m, log_s   the curve, rising where the timings next to it do
-    ends           log(time / guide) that hold below and above it
+    ends           log(time / guide) that hold below and above it, where that does not turn the curve
     timed          range of m that counts as measured; empty where the shape is too far from timed ones
     """
 
@@ -84,12 +86,14 @@ class Curve:
     timed: tuple[float, float]
 
     @classmethod
-    def through(cls, m: Floats, ratio: Floats, guide: Floats, fine: Floats, timed: tuple[float, float]) -> Self:
+    def through(
+        cls, m: Floats, ratio: Floats, clean: Floats, guide: Floats, fine: Floats, timed: tuple[float, float]
+    ) -> Self:
         """The curve through log(time / guide) = `ratio` at `m`; `guide` at the finer sizes `fine` of `finer(m)`.
 
-        Between two timed sizes it stays between their times and turns nowhere.
+        Between two timed sizes it stays between their times and turns nowhere; beyond them the `clean` ratios hold.
         """
-        ends = (float(ratio[0]), float(ratio[-1]))
+        ends = (float(clean[0]), float(clean[-1]))
         if len(m) == 1:
             return cls(np.log(m), ratio + np.log(guide), ends, timed)
         log_m = np.log(fine)
@@ -118,8 +122,9 @@ def _estimate(curve: Curve, dtype: str, groups: float, m: ArrayLike, n: float, k
     seconds = np.exp(np.interp(log_m, curve.log_m, curve.log_s))
     below, above = log_m < curve.log_m[0], log_m > curve.log_m[-1]
     if below.any() or above.any():
-        ratio = np.where(below, curve.ends[0], curve.ends[1])
-        seconds = np.where(below | above, guide_s(dtype, groups, size, n, k, device) * np.exp(ratio), seconds)
+        guide = guide_s(dtype, groups, size, n, k, device)
+        seconds = np.where(below, np.minimum(guide * np.exp(curve.ends[0]), seconds), seconds)
+        seconds = np.where(above, np.maximum(guide * np.exp(curve.ends[1]), seconds), seconds)
     seconds = np.asarray(np.maximum(seconds, least_s(dtype, groups, size, n, k, device)))
     low, high = curve.timed
     return Estimate(seconds, np.asarray((size >= low) & (size <= high), dtype=float))
@@ -156,14 +161,16 @@ class Surface:
         if not learn or len(kinds) == 1:
             return cls(sizes, kinds, ratio, ratio, timed)
         near, weights = _neighbours(np.log2(kinds), np.log2(kinds), apart=True)
+        # A size that the neighbours were timed at says more of the gap, steps and all, than the sizes beside it.
+        sure = np.abs(weights)
+        told = _mixed(known.astype(float), near, sure / sure.sum(axis=1, keepdims=True)) >= MAJORITY
+        told &= (np.abs(np.log2(kinds) - np.log2(kinds[near[:, 0]])) <= np.log2(NEAR)).all(axis=1) & ~known
+        ratio = np.where(told, _mixed(ratio, near, weights), ratio)
         clean = ratio
         for _ in range(ROUNDS):
             around = _mixed(clean, near, weights)
-            if not known.all():
-                own = _completed(log_m, np.where(known, clean, np.nan), known)
-                shifted = around + _completed(log_m, np.where(known, clean - around, np.nan), known)
-                ratio = np.where(known, ratio, np.median(np.stack([own, around, shifted]), axis=0))
-            clean = np.median(np.stack([ratio, _between(log_m, clean), around]), axis=0)
+            clean = np.where(told, around, np.median(np.stack([ratio, _between(log_m, clean), around]), axis=0))
+        ratio = np.where(told, _mixed(clean, near, weights), ratio)
         return cls(sizes, kinds, ratio, clean, timed)
 
     def index(self, *shape: float) -> int | None:
@@ -225,12 +232,12 @@ def _neighbours(known: Floats, wanted: Floats, *, apart: bool = False) -> tuple[
     matrix[:, -1, -1] = 0.0
     right = np.ones((len(near), count + 1, 1))
     right[:, :-1, 0] = np.exp(-np.abs(points - wanted[:, None] / REACH).sum(axis=-1))
-    weights: Floats = np.linalg.solve(matrix, right)[:, :-1, 0]
+    weights = np.asarray(np.linalg.solve(matrix, right)[:, :-1, 0], dtype=np.float64)
     return near, weights
 
 
 def _usable(rows: pd.DataFrame, family: str, device: Device, shape: list[str]) -> pd.DataFrame:
-    """Rows the device's peaks allow; of several kernels timed for one product the fastest, as an engine would choose."""
+    """Rows the device's peaks allow; of several kernels timed for one product the fastest, as engines try to choose."""
     allowed = rows.loc[~beyond_peak(rows, family, device), ["dtype", "m", *shape, "seconds"]]
     key = ["dtype", "m", *shape]
     fastest: pd.DataFrame = (
@@ -291,10 +298,12 @@ class GemmTimes:
         index = surface.index(n, k)
         if index is None:
             ratio, timed = surface.unseen(n, k)
+            clean = ratio
         else:
-            ratio, timed = surface.ratio[:, index], (float(surface.timed[0, index]), float(surface.timed[1, index]))
+            ratio, clean = surface.ratio[:, index], surface.clean[:, index]
+            timed = (float(surface.timed[0, index]), float(surface.timed[1, index]))
         fine = finer(surface.m)
-        return Curve.through(surface.m, ratio, guide_s(dtype, 1.0, fine, n, k, self.device), fine, timed)
+        return Curve.through(surface.m, ratio, clean, guide_s(dtype, 1.0, fine, n, k, self.device), fine, timed)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All that from_arrays needs."""
@@ -362,7 +371,7 @@ class BatchedGemmTimes:
         known = pairs[nearest] == (n, k) and inside == groups
         timed = (float(low), float(high)) if known else (np.inf, -np.inf)
         fine = finer(surface.m)
-        return Curve.through(surface.m, ratio, guide_s(dtype, groups, fine, n, k, self.device), fine, timed)
+        return Curve.through(surface.m, ratio, ratio, guide_s(dtype, groups, fine, n, k, self.device), fine, timed)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All that from_arrays needs."""

@@ -26,7 +26,8 @@ Folds = Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]
 def held_out(rows: pd.DataFrame, device: Device, rng: np.random.Generator, limit: int = 2000) -> pd.DataFrame:
     """Predictions of rows of 'gemm' or (with a column groups) 'batched_gemm' by tables without them; size is flops.
 
-    experiment   'point': scattered rows, at most a fiftieth of the table at a time; 'shape': every row, in all
+    experiment   'point': scattered rows, at most a fiftieth of the table at a time; 'between': every row of one m,
+                 neither the smallest nor the largest: what a size that nobody timed costs; 'shape': every row, in all
                  formats, of scattered (n, k), or of one count of groups; 'beyond': sizes m up to 4x beyond a table cut
                  at a quarter of its largest, or at 4x its smallest; 'beyond_shape': the same in n, and in k
     limit        rows of each experiment
@@ -38,6 +39,7 @@ def held_out(rows: pd.DataFrame, device: Device, rng: np.random.Generator, limit
         return pd.DataFrame(columns=COLUMNS)
     experiments: dict[str, list[Folds]] = {
         "point": [_points(rows, rng, limit)],
+        "between": [_sizes(rows, rng)],
         "shape": [_shapes(rows, ["groups"] if batched else ["n", "k"], rng)],
         "beyond": [_cuts(rows, "m")],
         "beyond_shape": [_cuts(rows, column) for column in (("groups",) if batched else ("n", "k"))],
@@ -67,6 +69,12 @@ def _shapes(rows: pd.DataFrame, columns: list[str], rng: np.random.Generator) ->
     for start in range(0, min(len(shapes), ROUNDS * fold), fold):
         test = np.isin(number, shapes[start : start + fold])
         yield ~test, test
+
+
+def _sizes(rows: pd.DataFrame, rng: np.random.Generator) -> Folds:
+    size = rows["m"].to_numpy()
+    for value in rng.permutation(np.unique(size)[1:-1])[:ROUNDS]:
+        yield size != value, size == value
 
 
 def _cuts(rows: pd.DataFrame, column: str) -> Folds:

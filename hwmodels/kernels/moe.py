@@ -153,9 +153,7 @@ class MoeTimes:
         if exponent in mine:
             log_s = mine[exponent]
         else:
-            guide = {
-                e: self._log_guide(parts[below][3], dtype, shape, e, tokens) for e in (*parts, exponent)
-            }
+            guide = {e: self._log_guide(parts[below][3], dtype, shape, e, tokens) for e in (*parts, exponent)}
             share = _share(guide[below], guide[above], guide[exponent], below, above, exponent)
             level = (1 - share) * (mine[below] - guide[below]) + share * (mine[above] - guide[above])
             log_s = np.maximum.accumulate(guide[exponent] + level)

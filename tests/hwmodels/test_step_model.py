@@ -25,7 +25,7 @@ from hwmodels.step_model import (
 )
 
 BF16 = Precision()
-ENGINE = Engine("test", "made up", {"default": "vllm"}, 1e-3, 1e-5, 0.0, 0.9, 0.0)
+ENGINE = Engine("test", "made up", {"default": "vllm"}, 1e-3, 1e-5, 0.0, 0.0, 0.9, 0.0)
 MAX_TOKENS, MAX_SEQS = 8192, 512
 PLANS = {
     "llama-3.1-8b": Mapping(),
@@ -89,7 +89,7 @@ def test_decode_steps_cost_what_their_operators_do(cases, name):
     for _ in range(60):
         sequences = log_uniform(rng, 1, MAX_SEQS)
         context = sequences * log_uniform(rng, 1, case.model.max_context_tokens)
-        expected = case.direct(sequences, context, ()) + case.steps.overhead_s(sequences)
+        expected = case.direct(sequences, context, ()) + case.steps.overhead_s(sequences, False)
         assert case.steps.step_s(sequences, context, ()) == pytest.approx(expected, rel=0.01)
 
 
@@ -105,7 +105,7 @@ def test_mixed_steps_cost_what_their_operators_do(cases, name):
             (log_uniform(rng, 1, 2048) + int(rng.integers(2)), int(rng.integers(2)) * log_uniform(rng, 1, reach))
             for _ in range(rng.integers(1, 4))
         ]
-        expected = case.direct(sequences, context, items) + case.steps.overhead_s(sequences + len(items))
+        expected = case.direct(sequences, context, items) + case.steps.overhead_s(sequences + len(items), bool(items))
         assert case.steps.step_s(sequences, context, items) == pytest.approx(expected, rel=0.02)
 
 
@@ -147,7 +147,7 @@ def test_a_run_is_the_steps_it_stands_for(cases, name):
                 single = steps.step_s(sequences, context + j * sequences, ())
                 assert first + j * slope == pytest.approx(single, rel=1e-9)
         group_first, group_slope, group_count = steps.group_run(sequences, context)
-        assert group_first + steps.overhead_s(sequences) == pytest.approx(first, rel=1e-12)
+        assert group_first + steps.overhead_s(sequences, False) == pytest.approx(first, rel=1e-12)
         assert (group_slope, group_count) == (pytest.approx(slope, rel=1e-12), count)
         ((stage_first, stage_slope),), stage_count = steps.stages_run(sequences, context)
         assert (stage_first, stage_slope) == (pytest.approx(first, rel=1e-12), pytest.approx(slope, rel=1e-12))
@@ -191,7 +191,7 @@ def test_more_work_takes_no_less_time(cases, name, batch, more):
 
 def test_decode_is_as_fast_as_memory_allows(llama):
     """One sequence of Llama-3.1-8B reads 15 GB a token, at 60 to 95 % of bandwidth when host work is left out."""
-    time = llama.steps.step_s(1, 100, ()) - llama.steps.overhead_s(1)
+    time = llama.steps.step_s(1, 100, ()) - llama.steps.overhead_s(1, False)
     read = 2 * (8_030_261_248 - 128256 * 4096)
     assert 0.6 <= read / time / llama.cost.device.memory_bytes_per_s <= 0.95
 
@@ -206,7 +206,7 @@ def test_narrow_weights_speed_up_decode_but_not_prefill(llama):
     steps = compile_step_model(
         llama.model, Mapping(), Precision("int4"), ENGINE, llama.cost, max_tokens=4096, max_seqs=8
     )
-    host = llama.steps.overhead_s(1)
+    host = llama.steps.overhead_s(1, False)
     assert steps.step_s(1, 100, ()) - host < 0.6 * (llama.steps.step_s(1, 100, ()) - host)
     assert steps.step_s(0, 0, [(4096, 0)]) > llama.steps.step_s(0, 0, [(4096, 0)])
 
@@ -215,7 +215,7 @@ def test_uneven_stages_are_each_priced_for_themselves():
     case = Case("llama-3.1-8b", Mapping(pp=3, stages=(8, 16, 8)))
     sequences, context, items = 20, 20_000, [(100, 50)]
     times = case.steps.stages_s(sequences, context, items)
-    times[0] -= case.steps.overhead_s(21)
+    times[0] -= case.steps.overhead_s(21, True)
     assert times == [pytest.approx(case.direct(sequences, context, items, stage), rel=0.005) for stage in range(3)]
     assert times[1] > 1.5 * times[0]
     runs, _ = case.steps.stages_run(sequences, context)
@@ -234,7 +234,7 @@ def test_groups_wait_for_the_slowest_and_share_the_experts():
     small, large = (4, 4000, []), (64, 64_000, [(512, 0)])
     step = case.steps.lockstep_s([small, large] * 4)
     tokens = 4 * (4 + 64 + 512)
-    expected = case.direct(*large) + case.shared(tokens) + case.steps.overhead_s(65)
+    expected = case.direct(*large) + case.shared(tokens) + case.steps.overhead_s(65, True)
     assert step == pytest.approx(expected, rel=0.01)
     assert case.steps.lockstep_s([large, small]) == case.steps.lockstep_s([small, large])
     assert case.steps.lockstep_s([large, small]) > case.steps.lockstep_s([small, small])
@@ -254,8 +254,8 @@ def test_small_limits(llama, max_tokens, max_seqs):
 
 
 def test_host_work_is_counted_once_a_step_and_once_a_sequence(llama):
-    assert llama.steps.overhead_s(3) == pytest.approx(1e-3 + 3e-5)
-    idle = Engine("none", "made up", {"default": "vllm"}, 0.0, 0.0, 0.0, 0.9, 0.0)
+    assert llama.steps.overhead_s(3, False) == pytest.approx(1e-3 + 3e-5)
+    idle = Engine("none", "made up", {"default": "vllm"}, 0.0, 0.0, 0.0, 0.0, 0.9, 0.0)
     bare = compile_step_model(llama.model, Mapping(), BF16, idle, llama.cost, max_tokens=512, max_seqs=64)
     items = [(100, 0), (50, 10)]
     assert llama.steps.step_s(4, 400, items) - bare.step_s(4, 400, items) == pytest.approx(1e-3 + 6e-5)

@@ -32,6 +32,7 @@ ENGINE = Engine(
     kernels={"default": "vllm"},
     step_overhead_s=1e-3,
     sequence_overhead_s=1e-5,
+    prompt_overhead_s=3e-3,
     request_overhead_s=0.0,
     memory_fraction=0.9,
     reserve_bytes=0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ pytest.importorskip("torch", reason="torch (extra 'profile') is not installed")
 
 from hwmodels.errors import MeasurementError
 from hwmodels.kernels.table import checked, read_table
-from hwmodels.profiling import Machine, Point, kernels, measure, open_machine, profile, run
+from hwmodels.profiling import Machine, Point, kernels, measure, open_machine, profile, read_tables, run
 from hwmodels.profiling.collectives import run_collectives
 from hwmodels.profiling.timing import timed
 
@@ -61,12 +62,6 @@ def test_every_family_is_measured_in_its_schema(cpu):
         assert set(table["software"]) == {f"torch {cpu.torch.__version__}"}
         assert (table["spread"] >= 0).all()
     assert set(tables["moe"]["kernel"]) == {"torch_expert_loop"}
-
-
-def test_more_work_takes_more_time(cpu):
-    sizes = {rows: Point.of("gemm", "fp32", m=rows, n=512, k=512) for rows in (1, 1024)}
-    table = measure(sizes.values(), cpu)["gemm"].set_index("m")["seconds"]
-    assert table[1024] > table[1]  # a thousand times the arithmetic
 
 
 def launched(point: Point, machine: Machine) -> object:
@@ -157,6 +152,56 @@ def test_a_launch_over_the_limit_is_given_up(cpu):
     assert timed(lambda: lambda: time.sleep(0.02), 1e3, cpu, 0.001) is None
 
 
+class Device:
+    """A stand-in for torch.cuda whose clock only launches move on, 10 us each; capturing may be refused."""
+
+    def __init__(self, capturable: bool) -> None:
+        self.us, self.capturing, self.captured, self.capturable = 0.0, False, [], capturable
+        self.cuda = SimpleNamespace(
+            CUDAGraph=lambda: SimpleNamespace(replay=lambda: [launch() for launch in list(self.captured)]),
+            graph=self.graph, Event=lambda enable_timing: Event(self), synchronize=lambda: None,
+        )  # fmt: skip
+
+    @contextmanager
+    def graph(self, graph):
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+    def launch(self):
+        if not self.capturing:
+            self.us += 10.0
+        elif self.capturable:
+            self.captured.append(self.launch)
+        else:
+            raise RuntimeError("not permitted when stream is capturing")
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def record(self) -> None:
+        self.us = self.device.us
+
+    def elapsed_time(self, later: Event) -> float:
+        return (later.us - self.us) * 1e-3
+
+
+@pytest.mark.parametrize(("capturable", "how"), [(True, "CUDA graph"), (False, "launched one by one")])
+def test_devices_are_timed_by_events_around_replays(cpu, capturable, how):
+    device = Device(capturable)
+    gpu = replace(cpu, torch=device, kind="cuda")
+    gpu.__dict__["arena"] = cpu.arena
+    timing = timed(lambda: device.launch, gpu.cycle_bytes / 8, gpu, 1.0)
+    assert timing is not None
+    assert timing.how == how
+    assert timing.seconds == pytest.approx(10e-6)
+    assert timing.spread == pytest.approx(0.0, abs=1e-9)
+
+
 # --- what cannot be measured ------------------------------------------------------------------------------------------
 
 
@@ -169,6 +214,9 @@ def test_points_are_left_out_with_the_reason(cpu, monkeypatch):
         "attention_decode", "fp32", batch=1, context=64, heads=2, kv_heads=1, head_dim=64, window=16, kv_dtype="fp32"
     )
     assert reasons([window], cpu) == ["no kernel for it is installed"]
+    latent = Point.of("mla_decode", "bf16", batch=1, context=64, heads=2, kv_dtype="bf16")
+    assert "no kernel" in str(reasons([latent], cpu))
+    assert measure([latent], cpu) == {}
     assert "no arithmetic in fp8" in str(reasons([Point.of("gemm", "fp8", m=16, n=16, k=16)], cpu))
     assert "host" in str(reasons([Point.of("copy", "fp32", kind="h2d", bytes=64)], cpu))
     assert "multiple of 64" in str(reasons([Point.of("elementwise", "fp32", bytes=12)], cpu))
@@ -247,8 +295,8 @@ def few(monkeypatch):
 def test_a_run_keeps_tables_and_says_what_it_is(cpu, few, tmp_path):
     found = profile(tmp_path, cpu, 1.0)
     assert found.new == len(SMALL)
-    for name in ("gemm", "attention_prefill", "moe"):
-        pd.testing.assert_frame_equal(read_table(tmp_path / f"{name}.parquet", name), found.tables[name])
+    for name in found.tables:
+        pd.testing.assert_frame_equal(read_tables(tmp_path)[name], found.tables[name])
     about = yaml.safe_load((tmp_path / "about.yaml").read_text())
     assert about["device"] == "test-cpu"
     assert about["threads"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ from planner.catalogue import open_catalogue
 from planner.errors import PlanError
 from planner.plan import Plan, Pool
 from planner.planfile import write_plan
-from planner.validation.planprices import Index, Wanted, in_line, plan_prices
+from planner.validation.nearest import Index, Wanted, in_line
+from planner.validation.planprices import plan_prices
 
 COMMON = {"dtype": "bf16", "device": "h100-sxm", "software": "vllm 1", "kernel": "some", "spread": np.nan,
           "source": "made up", "seconds": 1e-3}  # fmt: skip
@@ -101,13 +103,14 @@ def test_shares_add_up_and_shapes_are_those_of_the_tables(pool, model):
 
 
 def test_the_step_is_the_one_that_is_simulated():
-    """The calibrated prices add up to the step model's, its host overhead aside."""
+    """The calibrated prices add up to what the step model says of an engine that adds nothing."""
     found = catalogue()
-    spec = found.replica(POOL)
+    idle = {field.name: 0.0 for field in fields(found.engine) if field.name.endswith("overhead_s")}
+    found.engine = replace(found.engine, **idle)
+    model = found.replica(POOL).model
     decode, prefill = plan_prices(found, POOL, Nothing(), {}, context=512)
-    host = spec.model.overhead_s
-    assert decode.seconds["calibrated"] + host(32) == pytest.approx(spec.model.step_s(32, 32 * 512, []), rel=0.02)
-    assert prefill.seconds["calibrated"] + host(1) == pytest.approx(spec.model.step_s(0, 0, [(1024, 0)]), rel=0.02)
+    assert decode.seconds["calibrated"] == pytest.approx(model.step_s(32, 32 * 512, []), rel=0.02)
+    assert prefill.seconds["calibrated"] == pytest.approx(model.step_s(0, 0, [(1024, 0)]), rel=0.02)
 
 
 def test_stages_are_added_up():
@@ -229,7 +232,7 @@ def test_the_command_takes_ones_own_tables(tmp_path, capsys):
     write_plan(Plan("llama-3.1-8b", "h100-sxm", 4, (Pool(replicas=1, tp=4),)), path)
     command(path, source=str(tmp_path / "tables"), as_json=True)
     content = json.loads(capsys.readouterr().out)
-    assert content["kernels"] == {"collective": "vllm 1"}
+    assert content["kernels"] == {"collective": ["vllm 1"]}
     steps = content["pools"][0]["steps"]
     assert len(steps) == 2
     reduce = next(row for row in steps[0]["rows"] if row["name"] == "attention all-reduce")

@@ -1,0 +1,166 @@
+"""Which overheads does an engine have? Fitted on half of the measured layouts, judged on the other half."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from hwmodels.engine import Engine, load_engine
+from hwmodels.errors import MeasurementError, ShardwiseError
+from hwmodels.step_model import StepModel
+from planner.catalogue import Catalogue, open_catalogue
+from planner.validation.case import Case
+from planner.workers import Workers, available_cpus
+from simulator.deployment import Deployment
+from simulator.result import latencies
+from simulator.simulate import run
+
+#: Fitted coefficients of an engine, and the size at which each begins to matter, in seconds.
+COEFFICIENTS = {
+    "step_overhead_s": 1e-3,
+    "sequence_overhead_s": 1e-5,
+    "prompt_overhead_s": 1e-2,
+    "request_overhead_s": 3e-2,
+}
+#: Log error beyond which a point counts less and less: rows that tell of something that is not modelled.
+SOFT = 0.15
+#: Weight of a log error in TTFT beside one in TPOT: repeated runs differ more in it.
+TTFT_WEIGHT = 0.5
+
+
+def half_of(labels: Mapping[str, str]) -> str:
+    """'fitted' or 'held-out': all points of one layout of a model on a system under an engine are on the same side."""
+    key = "|".join(labels.get(name, "") for name in ("system", "backend", "model", "precision", "layout"))
+    return "fitted" if zlib.crc32(key.encode()) % 2 else "held-out"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFit:
+    """A fitted engine, and errors before and after on both halves.
+
+    errors   by half ('fitted', 'held-out') and metric: median absolute relative error before and after
+    points   by half
+    """
+
+    engine: Engine
+    errors: Mapping[str, Mapping[str, tuple[float, float]]]
+    points: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A case whose step models are compiled."""
+
+    case: Case
+    deployment: Deployment
+
+    def log_errors(self, engine: Engine) -> tuple[float, float]:
+        """log(predicted / measured) of TTFT and TPOT under the engine's overheads; NaN where one was not measured."""
+        replicas = []
+        known: dict[int, StepModel] = {}
+        for spec in self.deployment.replicas:
+            old = spec.model
+            if id(old) not in known:
+                known[id(old)] = StepModel(old.stages, old.transfer, engine, old.max_tokens, old.max_seqs)
+            replicas.append(replace(spec, model=known[id(old)]))
+        workload = self.case.workload
+        log = run(Deployment(replicas, self.deployment.router, engine.request_overhead_s), workload)
+        ttft_s, tpot_s, _ = latencies(
+            log.arrival_s, np.array(log.first_token_s), np.array(log.finish_s), workload.requests.output_tokens
+        )
+        found = []
+        for name, values in (("ttft", ttft_s), ("tpot", tpot_s)):
+            measured = self.case.measured.get(name, float("nan"))
+            found.append(float(np.log(np.nanmean(values[self.case.warmup :]) / measured)))
+        return found[0], found[1]
+
+
+def fit_engine(
+    cases: Sequence[Case], name: str, cost: str, *, jobs: int | None = None, progress: Callable[[str], None] = print
+) -> EngineFit:
+    """The engine profile `name` with its COEFFICIENTS fitted to the half of `cases` that half_of calls 'fitted'.
+
+    Robust least squares (soft L1) on the log errors of mean TTFT and TPOT. Raises MeasurementError where too few cases
+    of the engine can be simulated.
+    """
+    start = load_engine(name)
+    progress("compiling step models")
+    prepared = _prepared([case for case in cases if case.plan.engine == name], cost)
+    halves = np.array([half_of(item.case.labels) for item in prepared])
+    if np.sum(halves == "fitted") < 10:
+        raise MeasurementError(
+            f"engine {name}: {np.sum(halves == 'fitted')} points to fit; expected at least 10 with its name"
+        )
+    with Workers(partial(_errors, prepared), jobs or available_cpus()) as workers:
+
+        def errors(engine: Engine, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+            chunks = [chunk.tolist() for chunk in np.array_split(indices, max(1, len(indices) // 8)) if len(chunk)]
+            return np.concatenate(workers.map([(engine, chunk) for chunk in chunks]))
+
+        mine, scale = np.flatnonzero(halves == "fitted"), np.array(list(COEFFICIENTS.values()))
+        calls = 0
+
+        def residuals(x: NDArray[np.float64]) -> NDArray[np.float64]:
+            nonlocal calls
+            calls += 1
+            found = errors(_with(start, x * scale), mine) * [TTFT_WEIGHT, 1.0]
+            found = np.nan_to_num(found).ravel()
+            progress(f"run {calls}: mean |log error| {np.mean(np.abs(found)):.4f}")
+            return found
+
+        first = np.array([getattr(start, key) for key in COEFFICIENTS]) / scale
+        solution = least_squares(
+            residuals, np.maximum(first, 0.1), bounds=(0, 100), loss="soft_l1", f_scale=SOFT, diff_step=0.05, max_nfev=10
+        )
+        fitted = _with(start, solution.x * scale)
+        everyone = np.arange(len(prepared))
+        before, after = errors(start, everyone), errors(fitted, everyone)
+    return EngineFit(
+        fitted,
+        {
+            half: {
+                metric: (_median(before[halves == half, column]), _median(after[halves == half, column]))
+                for column, metric in enumerate(("ttft", "tpot"))
+            }
+            for half in ("fitted", "held-out")
+        },
+        {half: int(np.sum(halves == half)) for half in ("fitted", "held-out")},
+    )
+
+
+def _with(engine: Engine, values: NDArray[np.float64]) -> Engine:
+    return replace(engine, **dict(zip(COEFFICIENTS, (float(f"{v:.3g}") for v in values), strict=True)))  # type: ignore[arg-type]
+
+
+def _median(log_errors: NDArray[np.float64]) -> float:
+    return float(np.nanmedian(np.abs(np.expm1(log_errors)))) if len(log_errors) else float("nan")
+
+
+def _errors(prepared: Sequence[_Prepared], task: tuple[Engine, list[int]]) -> NDArray[np.float64]:
+    engine, indices = task
+    return np.array([prepared[index].log_errors(engine) for index in indices])
+
+
+def _prepared(cases: Sequence[Case], cost: str) -> list[_Prepared]:
+    """The cases that fit and whose requests fit, with step models compiled; cases of one cluster share a catalogue."""
+    opened: dict[tuple[str, str, int, int, int], Catalogue] = {}
+    found = []
+    for case in cases:
+        plan = case.plan
+        tokens = max(8192, *(1 << (pool.token_budget - 1).bit_length() for pool in plan.pools))
+        seqs = max(1024, *(1 << (pool.max_seqs - 1).bit_length() for pool in plan.pools))
+        key = plan.model, plan.hardware, plan.gpus, tokens, seqs
+        try:
+            if key not in opened:
+                opened[key] = open_catalogue(*key[:3], plan.engine, cost)
+                opened[key].reserve(tokens, seqs)
+            found.append(_Prepared(case, opened[key].deployment(plan)))
+        except ShardwiseError:
+            continue
+    return found
