@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 
 from hwmodels import operators as ops
@@ -43,9 +41,10 @@ def evidence(model: ModelShape, mapping: Mapping, precision: Precision, cost: Co
     calibrated   the analytic model with coefficients fitted to measured kernels of this device
     analytic     the analytic model with estimated coefficients
     """
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = {}
     for op in reference_operators(model, mapping, precision):
         for source, value in cost.sources(op).items():
-            seconds[source] += float(value)
+            seconds[source] = seconds.get(source, 0.0) + value
     total = sum(seconds.values())
-    return {source: value / total for source, value in seconds.most_common() if value > 0}
+    ranked = sorted(seconds.items(), key=lambda item: -item[1])
+    return {source: value / total for source, value in ranked if value > 0}

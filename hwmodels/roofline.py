@@ -5,6 +5,7 @@ Kernels of a calibrated format follow hwmodels.kernelforms with the device's coe
 
 from __future__ import annotations
 
+from collections.abc import Mapping as TypingMapping
 from functools import lru_cache
 
 import numpy as np
@@ -96,7 +97,8 @@ class AnalyticCost:
         """Whether the price rests on coefficients fitted to kernels of its family and formats."""
         if isinstance(op, (Communication, Elementwise, GroupedGemm)):
             return False
-        return _coefficients(op, self.device) is not None
+        fitted, key = _fitted_for(op, self.device)
+        return bool(key) and key[0] in fitted
 
     def collective(self, kind: str, group: str) -> Collective:
         """The collective `kind` over the rank group called `group`."""
@@ -159,17 +161,25 @@ Coefficients = GemmCoefficients | ExpertCoefficients | PrefillCoefficients | Dec
 
 
 def _coefficients(op: Gemm | Experts | AttentionCore, device: Device) -> Coefficients | None:
-    """What was fitted to kernels like `op`; None where none were."""
+    """What was fitted to kernels like `op`, or to the most similar ones; None where none were."""
+    fitted, keys = _fitted_for(op, device)
+    return next((fitted[key] for key in keys if key in fitted), None)
+
+
+def _fitted_for(
+    op: Gemm | Experts | AttentionCore, device: Device
+) -> tuple[TypingMapping[str, Coefficients], tuple[str, ...]]:
+    """(coefficients of its family, keys under which those of its formats and of ever less similar ones are kept)."""
     kernels = device.efficiency.kernels
     if isinstance(op, AttentionCore):
         formats = attention_formats(op)
+        wide = formats.replace("fp8/", "bf16/", 1) if formats.startswith("fp8/") else formats
+        keys = tuple(dict.fromkeys((formats, wide, formats.removesuffix("/window"), wide.removesuffix("/window"))))
         if op.phase == "prefill":
-            return (kernels.attention_prefill if op.qk_dim == op.value_dim else kernels.mla_prefill).get(formats)
-        return (kernels.mla_decode if op.shared else kernels.attention_decode).get(formats)
+            return (kernels.attention_prefill if op.qk_dim == op.value_dim else kernels.mla_prefill), keys
+        return (kernels.mla_decode if op.shared else kernels.attention_decode), keys
     found = product_format(op.precision)
-    if found is None:
-        return None
-    return kernels.moe.get(found) if isinstance(op, Experts) else kernels.gemm.get(found)
+    return (kernels.moe if isinstance(op, Experts) else kernels.gemm), (found,) if found is not None else ()
 
 
 def _fitted_time_s(op: Gemm | Experts | AttentionCore, c: Coefficients, device: Device) -> Array:

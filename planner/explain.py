@@ -219,7 +219,9 @@ class _Step:
                 sent = _one(tokens * self.model.hidden * ops.wire_bytes(self.precision))
                 found.append(Communication("stage transfer", "point-to-point", "pp", sent))
         rows = _merged([self._row(op) for op in found])
-        rows.append(Row("scheduling and sampling", "host", 1, self.table.overhead_s(sampled, bool(batch[2])), 0.0, 0.0, "host"))
+        rows.append(
+            Row("scheduling and sampling", "host", 1, self.table.overhead_s(sampled, bool(batch[2])), 0.0, 0.0, "host")
+        )
         if groups > 1:
             table_s = self.table.lockstep_s([batch] * groups)
         else:

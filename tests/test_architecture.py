@@ -44,9 +44,10 @@ def test_every_module_says_what_it_is_for(path):
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] == "hwmodels"], ids=str)
-def test_models_of_hardware_have_no_clock_and_no_dice(path):
+def test_models_of_hardware_have_no_clock_and_no_dice_of_their_own(path):
+    """What draws rows to leave out is handed the generator it draws from."""
     assert not imported(path) & {"simpy", "random", "time", "datetime"}
-    assert "np.random" not in (ROOT / path).read_text(encoding="utf-8")
+    assert "np.random" not in (ROOT / path).read_text(encoding="utf-8").replace("np.random.Generator", "")
 
 
 def test_profiles_are_data_only():

@@ -11,6 +11,9 @@ import typer
 if TYPE_CHECKING:
     from hwmodels.calibration import Calibrated, Fit
 
+#: Families of the headline error.
+KERNELS = ("gemm", "attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
+
 
 def calibrate(
     place: Annotated[
@@ -74,6 +77,8 @@ def calibrate(
     rendering.show_table(
         out, "By family", ["family", "timings", "median error", "p90", "engines: all together / own"], families(found)
     )
+    for own, median in together(found).items():
+        rendering.say(out, f"GEMM and attention together, coefficients of {own}: median error {_percent(median)}")
     for reason, count in left_out.items():
         rendering.say(out, f"left out: {count:,} rows, {reason}")
     if save is not None:
@@ -100,7 +105,11 @@ def families(found: Calibrated) -> list[list[str]]:
 
 
 def report_object(found: Calibrated, left_out: dict[str, int]) -> dict[str, Any]:
-    """What --json prints: device, families {name: as in a profile's calibration}, fits, left_out {reason: rows}."""
+    """What --json prints.
+
+    device, families {name: as in a profile's calibration}, gemm_and_attention {whose coefficients: median error}, fits,
+    left_out {reason: rows}
+    """
     from hwmodels.calibration import coefficients_of
     from hwmodels.efficiencyfile import calibration_block
 
@@ -123,9 +132,16 @@ def report_object(found: Calibrated, left_out: dict[str, int]) -> dict[str, Any]
     return {
         "device": found.device.name,
         "families": calibration_block(found.device.calibration),
+        "gemm_and_attention": together(found),
         "fits": fits,
         "left_out": left_out,
     }
+
+
+def together(found: Calibrated) -> dict[str, float]:
+    """Median error over all held-out rows of GEMM and attention, by whose coefficients predicted them."""
+    errors = {name: found.errors(KERNELS, own=own) for name, own in (("all engines", False), ("each engine", True))}
+    return {name: float(np.median(np.abs(away))) for name, away in errors.items() if len(away)}
 
 
 def _errors(fit: Fit) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hwmodels.errors import ShardwiseError
+from ui.profiling import profile as profile_command
 from ui.validating import app as validate_app
 from ui.validatingkernels import kernels as kernels_command
 from ui.validatingkernels import plan as plan_prices_command
@@ -38,6 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command("profile")(profile_command)
 validate_app.command("kernels")(kernels_command)
 validate_app.command("plan")(plan_prices_command)
 app.add_typer(validate_app)

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hwmodels.profiling import Profiled
+    from planner.profiling import Profiled
 
 
 def _minutes(value: float) -> float:
@@ -43,8 +43,8 @@ def profile(
 
     The most informative points come first, so a short run covers the whole range, coarsely; running again refines it.
     """
-    from hwmodels.profiling import open_machine
-    from hwmodels.profiling import profile as measure_into
+    from planner.profiling import open_machine
+    from planner.profiling import profile as measure_into
     from ui import jsonout, rendering, saving
     from ui.waiting import bar
 
@@ -94,8 +94,8 @@ def groups(found: Profiled) -> list[dict[str, Any]]:
 
 def _best(family: str, part: pd.DataFrame) -> tuple[float, float]:
     """Highest FLOP/s and bytes/s of any row."""
-    from hwmodels.profiling.points import work
-    from hwmodels.profiling.run import points_of
+    from planner.profiling.points import work
+    from planner.profiling.run import points_of
 
     done = [
         (work(point), seconds) for (point, _), seconds in zip(points_of(family, part), part["seconds"], strict=True)

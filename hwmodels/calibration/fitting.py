@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
@@ -61,6 +61,12 @@ class Calibrated:
     fits: tuple[Fit, ...]
     left_out: Mapping[str, int] = field(default_factory=dict)
 
+    def errors(self, families: Iterable[str], *, own: bool) -> Array:
+        """Of all held-out rows of the families, by each engine's own coefficients or by those of all together."""
+        of = set(families)
+        found = [fit.errors for fit in self.fits if fit.family in of and (fit.engine is not None) == own]
+        return np.concatenate(found) if found else np.zeros(0)
+
 
 def calibrate(
     tables: Mapping[str, pd.DataFrame],
@@ -93,8 +99,8 @@ def calibrate(
     if not fits:
         have = ", ".join(f"{family} {len(table)}" for family, table in tables.items()) or "no tables"
         raise MeasurementError(
-            f"calibration of {device.name}: {have}; expected at least {LEAST_ROWS} rows of one number format to fit to, and others to check, in "
-            f"one of {', '.join(FORMS)}; measure longer with 'shardwise profile'"
+            f"calibration of {device.name}: {have}; expected {LEAST_ROWS} rows of one number format to fit to at "
+            f"least, and others to check, in one of {', '.join(FORMS)}; measure longer with 'shardwise profile'"
         )
     efficiency = device.efficiency
     engines = {

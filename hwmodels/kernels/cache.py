@@ -50,11 +50,12 @@ def cached(key: str, build: Callable[[], Arrays]) -> Arrays:
     An entry whose checksum does not match what it holds is built again.
     """
     path = cache_folder() / f"{key}.bin"
-    found = _load(path)
-    if found is None:
-        found = build()
-        _store(path, found)
-    return found
+    kept = _load(path)
+    if kept is not None:
+        return kept
+    made = build()
+    _store(path, made)
+    return made
 
 
 def _load(path: Path) -> dict[str, NDArray[Any]] | None:

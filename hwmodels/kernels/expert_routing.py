@@ -82,6 +82,13 @@ def load(tokens: Array, experts: int, top_k: int, ep: int, exponent: float) -> L
     return Load(rows, np.minimum(np.interp(at, grid, touched), np.minimum(here, rows)))
 
 
+def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    """0 .. count - 1 in an order without pattern, always the same: sorted by a hash (the finaliser of SplitMix64)."""
+    bits = np.arange(1 + seed * count, 1 + (seed + 1) * count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    return np.argsort(bits ^ (bits >> np.uint64(27))).astype(np.int64)
+
+
 @lru_cache(maxsize=4096)
 def _power_law(experts: int, top_k: int, ep: int, exponent: float) -> tuple[Array, Array, Array]:
     """(log2 of tokens, the busiest rank's rows over the mean, its touched experts)."""
@@ -92,9 +99,8 @@ def _power_law(experts: int, top_k: int, ep: int, exponent: float) -> tuple[Arra
         return grid, np.ones_like(grid), picked.sum(axis=1)
     here = -(-experts // ep)
     shares, touched = np.zeros_like(grid), np.zeros_like(grid)
-    order = np.random.default_rng(0)
-    for _ in range(PLACEMENTS):
-        place = order.permutation(here * ep)
+    for placement in range(PLACEMENTS):
+        place = _shuffled(here * ep, placement)
         place = np.where(place < experts, place, -1).reshape(ep, here)
         sums = np.where(place >= 0, counts[:, place], 0.0).sum(axis=2)
         busiest = sums.argmax(axis=1)

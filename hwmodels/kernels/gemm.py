@@ -25,6 +25,9 @@ from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS
 
 Floats = NDArray[np.float64]
 
+#: The guide's shares of the peaks and its shortest launch, in seconds. Rough on purpose and the same everywhere: the
+#: coefficients of device profiles are fitted to measured tables, and would tell a row left out of one.
+MFU, MBU, SHORTEST_S = 0.75, 0.9, 3e-6
 #: Octaves of n and of k over which the ratio to the guide forgets itself (by 1/e), and the share of its variance that
 #: is noise of single timings. Chosen once for all devices, engines and formats, by the error of shapes left out.
 REACH, NOISE = np.array([4.0, 6.0]), 0.02
@@ -44,14 +47,13 @@ UNCACHED_BYTES = 256e6
 
 def guide_s(dtype: str, groups: ArrayLike, m: ArrayLike, n: ArrayLike, k: ArrayLike, device: Device) -> Floats:
     """A smooth roofline of `groups` products m x n x k in one launch, in seconds; grows with every size."""
-    e = device.efficiency
     g, rows, columns, inner = (np.asarray(x, dtype=float) for x in (groups, m, n, k))
     size, arithmetic = WEIGHT_FORMATS[dtype]
     narrow = DTYPE_BYTES[arithmetic or "bf16"]
-    bandwidth = e.memory_mbu * device.memory_bytes_per_s
+    bandwidth = MBU * device.memory_bytes_per_s
     moved = g * (columns * inner * size + rows * inner * narrow + rows * columns * 2) / bandwidth
-    busy = 2 * g * rows * columns * inner / (e.gemm_mfu * _peak(dtype, device))
-    guide: Floats = device.kernel_launch_s + e.memory_half_bytes / bandwidth + np.hypot(moved, busy)
+    busy = 2 * g * rows * columns * inner / (MFU * _peak(dtype, device))
+    guide: Floats = SHORTEST_S + np.hypot(moved, busy)
     return guide
 
 

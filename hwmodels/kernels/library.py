@@ -130,8 +130,8 @@ def measured_rows(wheel: Wheel, device: Device, choice: Mapping[str, str], famil
 def without_scaling(products: pd.DataFrame, quantize: pd.DataFrame) -> pd.DataFrame:
     """TensorRT-LLM's fp8 products without the search for the activations' largest value that was timed with them.
 
-    Checkpoints quantised for it bring static scales. On an H200 a product of 8192 x 8192 weights takes 30 us at one row,
-    7 of them for this; vLLM's, timed with static scales, takes 22.
+    Checkpoints quantised for it bring static scales. On an H200 a product of 8192 x 8192 weights takes 30 us at one
+    row, 7 of them for this; vLLM's, timed with static scales, takes 22.
     """
     scales = quantize[quantize["kind"] == "scale"].groupby(["m", "k"])["seconds"].median()
     keys = pd.MultiIndex.from_frame(products[["m", "k"]])

@@ -46,8 +46,8 @@ class MoeTimes:
     shapes        one row per curve, columns as SHAPE; exponents: its routing; variant: its guide
     starts        curve i is tokens[starts[i]:starts[i + 1]], seconds likewise
     left_out      rows that claim more than the device's peaks if balanced routing reads every expert that it touches;
-                  kernels that route within groups of experts do not (DeepSeek-V3's block on H200, vLLM 0.24: 1.38 ms for
-                  48 tokens, where reading 256 experts takes 2.3)
+                  routing within groups of experts does not (DeepSeek-V3's block on H200, vLLM 0.24: 1.38 ms for 48
+                  tokens, where reading 256 experts takes 2.3)
     """
 
     device: Device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from hwmodels.errors import MeasurementError, ShardwiseError
 from hwmodels.step_model import StepModel
 from planner.catalogue import Catalogue, open_catalogue
 from planner.validation.case import Case
+from planner.validation.halves import half_of
 from planner.workers import Workers, available_cpus
 from simulator.deployment import Deployment
 from simulator.result import latencies
@@ -32,12 +32,6 @@ COEFFICIENTS = {
 SOFT = 0.15
 #: Weight of a log error in TTFT beside one in TPOT: repeated runs differ more in it.
 TTFT_WEIGHT = 0.5
-
-
-def half_of(labels: Mapping[str, str]) -> str:
-    """'fitted' or 'held-out': all points of one layout of a model on a system under an engine are on the same side."""
-    key = "|".join(labels.get(name, "") for name in ("system", "backend", "model", "precision", "layout"))
-    return "fitted" if zlib.crc32(key.encode()) % 2 else "held-out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +110,13 @@ def fit_engine(
 
         first = np.array([getattr(start, key) for key in COEFFICIENTS]) / scale
         solution = least_squares(
-            residuals, np.maximum(first, 0.1), bounds=(0, 100), loss="soft_l1", f_scale=SOFT, diff_step=0.05, max_nfev=10
+            residuals,
+            np.maximum(first, 0.1),
+            bounds=(0, 100),
+            loss="soft_l1",
+            f_scale=SOFT,
+            diff_step=0.05,
+            max_nfev=10,
         )
         fitted = _with(start, solution.x * scale)
         everyone = np.arange(len(prepared))

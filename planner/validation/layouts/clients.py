@@ -13,18 +13,19 @@ from simulator.workload import Requests, Workload
 RANGE_RATIO = 0.8
 
 
-def closed_loop(row: str, isl: int, osl: int, concurrency: int, ratio: float = RANGE_RATIO) -> Workload:
+@lru_cache(maxsize=1024)
+def closed_loop(isl: int, osl: int, concurrency: int, ratio: float = RANGE_RATIO) -> Workload:
     """The client of InferenceX: vLLM's benchmark_serving with random requests, ignoring end-of-sequence.
 
-    row     id of the measurement; requests are drawn from a stream of its own
     ratio   lengths are whole numbers equally likely from ratio x nominal to nominal; 1 for fixed lengths
 
     `concurrency` requests start together and each that finishes starts the next, ten times as many in all and at least
     16 (--num-prompts $((CONC * 10)) --max-concurrency $CONC --request-rate inf). The warm-up requests, twice as many as
-    the concurrency, have drained before; nothing of them remains.
+    the concurrency, have drained before; nothing of them remains. The same traffic is the same requests, so that
+    layouts are compared on equal terms.
     """
     count = max(16, 10 * concurrency)
-    rng = np.random.default_rng(zlib.crc32(row.encode()))
+    rng = np.random.default_rng(zlib.crc32(f"{isl} {osl} {concurrency}".encode()))
     prompts, outputs = (rng.integers(max(1, int(ratio * most)), most, count, endpoint=True) for most in (isl, osl))
     return Workload(Requests(np.zeros(count), prompts, outputs), concurrency=concurrency)
 

@@ -149,7 +149,7 @@ def _plan(row: Row, setup: Setup, gpus: int) -> tuple[Plan, Ranks]:
         raise Unmappable("a replica has more ranks than the system has accelerators")
     precision = precision_named(setup.precision)
     formats = formats_of(model, precision, system)
-    kernels = load_engine(setup.engine).kernels
+    kernels = load_engine(setup.engine).kernels["default"]
     settings = settings_of(
         model,
         kernels,

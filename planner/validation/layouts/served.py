@@ -11,6 +11,7 @@ from hwmodels.mapping import Mapping as Cut
 from planner.catalogue import law_broken
 from planner.plan import Plan, Pool
 from planner.validation.case import Case
+from planner.validation.halves import half_of
 from planner.validation.layouts.clients import RANGE_RATIO, closed_loop
 from planner.validation.layouts.formats import formats_of
 from planner.validation.layouts.names import backend_named, model_named, precision_named, system_named
@@ -108,12 +109,13 @@ def served(row: str, point: Point, measured: Mapping[str, float], labels: Mappin
         "osl": str(point.osl),
         "concurrency": str(point.concurrency),
     }
+    known["half"] = half_of(known)
     traffic = ("system", "model", "precision", "backend", "version", "isl", "osl", "concurrency")
     return Case(
         row=row,
         labels=known,
         plan=Plan(model.profile, system.cluster, pool.gpus, (pool,), engine),
-        workload=closed_loop(row, point.isl, point.osl, point.concurrency, point.ratio),
+        workload=closed_loop(point.isl, point.osl, point.concurrency, point.ratio),
         measured=measured,
         choice=tuple(known.get(key, "") for key in traffic),
     )

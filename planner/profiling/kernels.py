@@ -6,14 +6,14 @@ from collections.abc import Callable
 from math import gcd
 from typing import Any
 
-from hwmodels.profiling.attention import attention
-from hwmodels.profiling.machine import TORCH_DTYPES, Machine
-from hwmodels.profiling.points import Point
-from hwmodels.profiling.timing import Launch
+from planner.profiling.attention import attention
+from planner.profiling.machine import TORCH_DTYPES, Machine
+from planner.profiling.points import Point
+from planner.profiling.timing import Launch
 
 #: Prepares one launch on the next operands.
 Maker = Callable[[], Launch]
-#: Families that run in this process; collectives need several (hwmodels.profiling.collectives).
+#: Families that run in this process; collectives need several (planner.profiling.collectives).
 HERE = ("gemm", "batched_gemm", "moe", "attention_prefill", "attention_decode", "elementwise", "copy")
 #: Families that are never measured, and why.
 NEVER = {

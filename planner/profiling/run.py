@@ -15,13 +15,13 @@ import pandas as pd
 
 from hwmodels.errors import MeasurementError
 from hwmodels.kernels.table import FAMILIES, read_table, write_table
-from hwmodels.profiling import kernels
-from hwmodels.profiling.about import About, clocks, resumed
-from hwmodels.profiling.collectives import backend, run_collectives
-from hwmodels.profiling.grid import SHARES, chosen_families, cost_s, group_sizes, guess_s, limit_s, points_for
-from hwmodels.profiling.machine import Machine
-from hwmodels.profiling.points import Point, work
-from hwmodels.profiling.timing import timed
+from planner.profiling import kernels
+from planner.profiling.about import About, clocks, resumed
+from planner.profiling.collectives import backend, run_collectives
+from planner.profiling.grid import SHARES, chosen_families, cost_s, group_sizes, guess_s, limit_s, points_for
+from planner.profiling.machine import Machine
+from planner.profiling.points import Point, work
+from planner.profiling.timing import timed
 
 #: Seconds between two times that tables are written.
 FLUSH_S = 3.0
@@ -132,7 +132,7 @@ def outcomes(
         spent[family] += time.monotonic() - started - (machine.arena.filling_s - filling_s)
         yield from found
     if together:
-        yield from _together(together, machine, max(ends - time.monotonic(), 0.0))
+        yield from _together(together, machine, max(ends - time.monotonic(), 0.0), point_limit_s)
 
 
 def _here(
@@ -198,13 +198,13 @@ def _fits(nbytes: float, machine: Machine) -> bool:
     return nbytes <= MEMORY * machine.free_bytes()
 
 
-def _together(points: Sequence[Point], machine: Machine, seconds: float) -> Iterator[Outcome]:
+def _together(points: Sequence[Point], machine: Machine, seconds: float, limit: float) -> Iterator[Outcome]:
     """Collectives, whose processes report as they go."""
     kernel, sizes = backend(machine), group_sizes(machine)
     possible = [point for point in points if point.sizes["gpus"] in sizes and point.sizes["nodes"] == 1]
     missing = dict.fromkeys(points, f"{machine.count} device(s) visible") | dict.fromkeys(possible, "no time left")
     if possible and seconds > 0:
-        for point, time_s, spread, samples, reason in run_collectives(possible, machine, min(seconds, 1e9)):
+        for point, time_s, spread, samples, reason in run_collectives(possible, machine, min(seconds, 1e9), limit):
             del missing[point]
             yield Outcome(point, kernel, time_s, spread, f"shardwise profile, {samples} samples, {kernel}", reason)
     for point, why in missing.items():

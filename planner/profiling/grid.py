@@ -29,9 +29,9 @@ from hwmodels.operators import (
     expert_feed_forward,
     language_model_head,
 )
-from hwmodels.profiling.machine import Machine
-from hwmodels.profiling.points import Point, work
 from hwmodels.shape import ModelShape
+from planner.profiling.machine import Machine
+from planner.profiling.points import Point, work
 
 #: Whose shapes are measured: one of every size and make that is served today.
 MODELS = (

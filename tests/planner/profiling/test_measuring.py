@@ -16,9 +16,9 @@ pytest.importorskip("torch", reason="torch (extra 'profile') is not installed")
 
 from hwmodels.errors import MeasurementError
 from hwmodels.kernels.table import checked, read_table
-from hwmodels.profiling import Machine, Point, kernels, measure, open_machine, profile, read_tables, run
-from hwmodels.profiling.collectives import run_collectives
-from hwmodels.profiling.timing import timed
+from planner.profiling import Machine, Point, kernels, measure, open_machine, profile, read_tables, run
+from planner.profiling.collectives import run_collectives
+from planner.profiling.timing import timed
 
 SMALL = [
     Point.of("gemm", "fp32", m=4, n=64, k=32),
@@ -268,7 +268,7 @@ def test_without_torch_there_is_one_line_with_a_way_out(monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr("hwmodels.profiling.machine.import_module", missing)
+    monkeypatch.setattr("planner.profiling.machine.import_module", missing)
     with pytest.raises(MeasurementError, match=r"pip install 'shardwise\[profile\]'"):
         open_machine("cpu")
 
@@ -357,7 +357,7 @@ def test_two_processes_measure_collectives(cpu):
     kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
     points = [Point.of("collective", "fp32", kind=kind, gpus=2, nodes=1, bytes=4096) for kind in kinds]
     points.append(Point.of("collective", "fp32", kind="all-to-all", gpus=2, nodes=1, bytes=4))
-    found = list(run_collectives(points, cpu, 60.0))
+    found = list(run_collectives(points, cpu, 60.0, 10.0))
     assert [entry[0] for entry in found] == points
     assert all(seconds > 0 and np.isfinite(spread) and reason is None for _, seconds, spread, _, reason in found[:4])
     assert "multiple of 2 numbers" in str(found[4][4])

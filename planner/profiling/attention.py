@@ -8,9 +8,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from hwmodels.profiling.machine import Machine
-from hwmodels.profiling.points import Point
-from hwmodels.profiling.timing import Launch
+from planner.profiling.machine import Machine
+from planner.profiling.points import Point
+from planner.profiling.timing import Launch
 
 #: Tokens of a page of flashinfer's KV cache.
 PAGE = 16

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from hwmodels.profiling.machine import TORCH_DTYPES, Machine, open_torch
-from hwmodels.profiling.points import Point
+from planner.profiling.machine import TORCH_DTYPES, Machine, open_torch
+from planner.profiling.points import Point
 
 #: Seconds processes may take to find each other and to end, on top of what measuring takes.
 START_S = 60.0
-#: As in hwmodels.profiling.timing.
-WARM_UP, LEAST, MOST, ENOUGH_S, MAX_LAUNCHES = 3, 7, 25, 0.05, 64
+#: As in planner.profiling.timing.
+WARM_UP, LEAST, MOST, ENOUGH_S, MAX_LAUNCHES = 2, 5, 25, 0.03, 64
 
 #: A point with median seconds, spread and samples, or with the reason why it has none.
 Found = tuple[Point, float, float, int, str | None]
@@ -31,7 +31,7 @@ def backend(machine: Machine) -> str:
     return "nccl" if machine.kind == "cuda" else "gloo"
 
 
-def run_collectives(points: Sequence[Point], machine: Machine, seconds: float) -> Iterator[Found]:
+def run_collectives(points: Sequence[Point], machine: Machine, seconds: float, point_limit_s: float) -> Iterator[Found]:
     """Measure the points, the groups of one size for their share of `seconds` after which no point is begun.
 
     The time that processes take to start is not counted.
@@ -40,15 +40,15 @@ def run_collectives(points: Sequence[Point], machine: Machine, seconds: float) -
     ordered = sorted(points, key=lambda point: point.sizes["gpus"])
     for gpus, grouped in groupby(ordered, key=lambda point: point.sizes["gpus"]):
         members = list(grouped)
-        yield from _group(gpus, members, machine, seconds * len(members) / len(points))
+        yield from _group(gpus, members, machine, seconds * len(members) / len(points), point_limit_s)
 
 
-def _group(gpus: int, points: list[Point], machine: Machine, seconds: float) -> Iterator[Found]:
+def _group(gpus: int, points: list[Point], machine: Machine, seconds: float, limit_s: float) -> Iterator[Found]:
     context = multiprocessing.get_context("spawn")
     found: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        arguments = (gpus, backend(machine), points, seconds, str(store), found)
+        arguments = (gpus, backend(machine), points, seconds, limit_s, str(store), found)
         ranks = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(gpus)]
         for rank in ranks:
             rank.start()
@@ -77,7 +77,9 @@ def _group(gpus: int, points: list[Point], machine: Machine, seconds: float) -> 
                     rank.join()
 
 
-def _rank(rank: int, gpus: int, library: str, points: list[Point], seconds: float, store: str, found: Any) -> None:
+def _rank(
+    rank: int, gpus: int, library: str, points: list[Point], seconds: float, limit_s: float, store: str, found: Any
+) -> None:
     """One rank: all run every point together; rank 0 decides how often and reports."""
     torch = open_torch()
     distributed = torch.distributed
@@ -98,7 +100,7 @@ def _rank(rank: int, gpus: int, library: str, points: list[Point], seconds: floa
             break
         try:
             launch = _launch(point, torch, device)
-            samples = _samples(launch, torch, device)
+            samples = _samples(launch, torch, device, limit_s)
         except (RuntimeError, ValueError) as error:
             if rank == 0:
                 found.put((point, 0.0, 0.0, 0, f"{library}: {str(error).splitlines()[0]}"))
@@ -134,9 +136,12 @@ def _launch(point: Point, torch: Any, device: Any) -> Any:
     return launches[point.words["kind"]]
 
 
-def _samples(launch: Any, torch: Any, device: Any) -> list[float]:
-    """Seconds per launch, of the slowest rank, as often as is worth its time."""
-    once_s = min(_slowest(launch, 1, torch, device) for _ in range(WARM_UP))
+def _samples(launch: Any, torch: Any, device: Any, limit_s: float) -> list[float]:
+    """Seconds per launch, of the slowest rank, as often as is worth its time; ValueError where that is too much."""
+    once_s = _slowest(launch, 1, torch, device)
+    if once_s > limit_s:
+        raise ValueError(f"takes more than {limit_s:g} s")
+    once_s = min(once_s, *(_slowest(launch, 1, torch, device) for _ in range(WARM_UP)))
     count = int(np.clip(2e-3 / once_s, 1, MAX_LAUNCHES))
 
     def repeated() -> None:

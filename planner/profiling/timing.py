@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hwmodels.profiling.machine import Machine
+from planner.profiling.machine import Machine
 
 #: Does the work of one launch on operands of its own.
 Launch = Callable[[], object]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hwmodels.errors import MeasurementError
 from hwmodels.huggingface import load_model
 from hwmodels.kernels.table import FAMILIES
-from hwmodels.profiling.grid import SHARES, cost_s, depths, guess_s, limit_s, points_for, shapes
-from hwmodels.profiling.machine import Machine, slug
-from hwmodels.profiling.points import Point, work
+from planner.profiling.grid import SHARES, cost_s, depths, guess_s, limit_s, points_for, shapes
+from planner.profiling.machine import Machine, slug
+from planner.profiling.points import Point, work
 
 GPU = Machine(
     torch=SimpleNamespace(__version__="0"),

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 
 from hwmodels.errors import MeasurementError, ProfileError
-from hwmodels.profiling import timing
-from hwmodels.profiling.attention import MODULES, installed
-from hwmodels.profiling.machine import Machine
 from hwmodels.yamlfiles import read_mapping
+from planner.profiling import timing
+from planner.profiling.attention import MODULES, installed
+from planner.profiling.machine import Machine
 
 FILE = "about.yaml"
 #: What may not differ between the runs that fill one folder.
@@ -34,7 +34,11 @@ CLOCKS = {
 
 @dataclass(slots=True)
 class About:
-    """The machine, and the state of the measurements; `facts` are in the order they are written."""
+    """The machine, and the state of the measurements.
+
+    facts      in the order they are written
+    minutes    of all runs; `points` are the rows of each table, `skipped` counts the reasons of the last run
+    """
 
     facts: dict[str, Any]
     minutes: float = 0.0

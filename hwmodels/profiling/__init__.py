@@ -1,8 +1,0 @@
-"""How fast is this machine? Its kernels, measured with torch and kept as tables of hwmodels.kernels.table."""
-
-from hwmodels.profiling.grid import points_for
-from hwmodels.profiling.machine import Machine, open_machine
-from hwmodels.profiling.points import Point
-from hwmodels.profiling.run import Profiled, measure, profile, read_tables
-
-__all__ = ["Machine", "Point", "Profiled", "measure", "open_machine", "points_for", "profile", "read_tables"]
