@@ -144,10 +144,26 @@ class Efficiency:
     kernels: KernelCoefficients = KernelCoefficients()
     engines: Mapping[str, KernelCoefficients] = field(default_factory=dict, hash=False)
 
-    def of_engine(self, engine: str) -> Efficiency:
-        """With the kernels of that engine where they were measured apart."""
-        own = self.engines.get(engine)
-        return self if own is None else replace(self, kernels=own.over(self.kernels))
+    def of_engine(self, engine: str | Mapping[str, str]) -> Efficiency:
+        """With the kernels of that engine where they were measured apart.
+
+        engine   its name, or names by what they hold for: 'default', families, or formats of one, such as 'gemm fp4'
+        """
+        names = {"default": engine} if isinstance(engine, str) else dict(engine)
+        found: dict[str, dict[str, object]] = {}
+        for family in CALIBRATED:
+            whose = {
+                f: names.get(family, names["default"]) for own in self.engines.values() for f in getattr(own, family)
+            }
+            whose |= {key.split()[1]: name for key, name in names.items() if key.startswith(f"{family} ")}
+            found[family] = {
+                f: getattr(self.engines[name], family)[f]
+                for f, name in whose.items()
+                if name in self.engines and f in getattr(self.engines[name], family)
+            }
+        if not any(found.values()):
+            return self
+        return replace(self, kernels=KernelCoefficients(**found).over(self.kernels))  # type: ignore[arg-type]
 
 
 ESTIMATES = Efficiency()

@@ -135,8 +135,8 @@ class CalibrationFile(_File):
 def in_si(human: Mapping[str, float]) -> dict[str, float]:
     """Names and values in SI.
 
-    >>> in_si({"start_us": 2.5, "mfu": 0.8, "feed_gb_per_s": 200.0})
-    {'start_s': 2.5e-06, 'mfu': 0.8, 'feed_bytes_per_s': 200000000000.0}
+    >>> in_si({"start_us": 2.0, "mfu": 0.8, "feed_gb_per_s": 200.0})
+    {'start_s': 2e-06, 'mfu': 0.8, 'feed_bytes_per_s': 200000000000.0}
     """
     found = {}
     for name, value in human.items():
@@ -196,12 +196,12 @@ def yaml_text(content: Mapping[str, Any]) -> str:
 
 class _Dumper(yaml.SafeDumper):
     def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> Any:
-        node = super().represent_mapping(tag, mapping, flow_style)  # type: ignore[no-untyped-call]
+        node = super().represent_mapping(tag, mapping, flow_style)
         node.flow_style = bool(mapping) and all(isinstance(value, (int, float)) for value in mapping.values())
         return node
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
-        return super().represent_sequence(tag, sequence, flow_style=True)  # type: ignore[no-untyped-call]
+        return super().represent_sequence(tag, sequence, flow_style=True)
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -26,6 +26,8 @@ class Engine:
     sequence_overhead_s   the same per sequence in the step
     prompt_overhead_s     host and launch time that a step with prompt tokens takes beyond that: it runs outside the
                           captured graphs, and its inputs are new
+    unfused               share of the time of norms, rotations and activation functions that the engine does not hide
+                          in the kernels beside them
     request_overhead_s    from the client to the scheduler and back: network, parsing, tokens to text
     memory_fraction       share of the device's memory the engine may use
     reserve_bytes         part of that share taken by CUDA context, graphs and communication buffers
@@ -37,6 +39,7 @@ class Engine:
     step_overhead_s: float = Field(ge=0)
     sequence_overhead_s: float = Field(ge=0)
     prompt_overhead_s: float = Field(ge=0)
+    unfused: float = Field(ge=0, le=1)
     request_overhead_s: float = Field(ge=0)
     memory_fraction: float = Field(gt=0, le=1)
     reserve_bytes: float = Field(ge=0)

@@ -59,11 +59,10 @@ class Device:
         """Whether coefficients of the operator family (a name of hwmodels.efficiency.CALIBRATED) were fitted."""
         return bool(getattr(self.efficiency.kernels, family, None))
 
-    def of_engine(self, engine: str) -> Device:
-        """The device with the coefficients fitted to that engine's own kernels, where there are some."""
-        if engine not in self.efficiency.engines:
-            return self
-        return replace(self, efficiency=self.efficiency.of_engine(engine))
+    def of_engine(self, engine: str | Mapping[str, str]) -> Device:
+        """The device with the coefficients of an engine's own kernels where it has some; as Efficiency.of_engine."""
+        efficiency = self.efficiency.of_engine(engine)
+        return self if efficiency is self.efficiency else replace(self, efficiency=efficiency)
 
 
 @dataclass(frozen=True, slots=True)

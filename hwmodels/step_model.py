@@ -394,7 +394,7 @@ def compile_step_model(
 ) -> StepModel:
     """The step model of one replica, for steps of up to `max_tokens` tokens and `max_seqs` sequences a scheduler."""
     limits = {"max_tokens": max_tokens, "max_seqs": max_seqs}
-    stages = tabulate_stages(model, mapping, precision, cost.time_s, **limits)
+    stages = tabulate_stages(model, mapping, precision, lambda op: cost.time_s(op) * kept(op, engine), **limits)
     transfer = packed(np.zeros(max_tokens + 1))
     if mapping.pp > 1:
         tokens = token_grid(max_tokens)
@@ -404,6 +404,11 @@ def compile_step_model(
             cost.time_s(ops.Communication("stage transfer", "point-to-point", "pp", tokens * model.hidden * wire)),
         )
     return StepModel(stages, transfer, engine, max_tokens, max_seqs)
+
+
+def kept(op: Operator, engine: Engine) -> float:
+    """Share of an operator's time that the engine does not hide in the kernels beside it."""
+    return engine.unfused if isinstance(op, ops.Elementwise) else 1.0
 
 
 def tabulate_stages(

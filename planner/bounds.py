@@ -10,7 +10,8 @@ T* its best tokens per step, zeta, delta, kappa, eta the least time per cached t
 sampled token, and N_min the fewest decode steps: no step holds more than max_seqs sequences, nor more tokens than
 the KV pool, nor, on average over the tokens of requests that meet a TPOT limit s, more sequences than the line below
 the decode step time reaches at s (if sum w_i t_i <= s sum w_i and t_i >= a + b w_i, then
-sum w_i^2 <= (s - a)/b sum w_i, and N >= (sum w)^2 / sum w^2 by Cauchy and Schwarz). Attention groups in lockstep
+sum w_i^2 <= (s - a)/b sum w_i, and N >= (sum w)^2 / sum w^2 by Cauchy and Schwarz). Steps with
+prompt tokens, at least as many as full budgets of them, take the engine's prompt overhead. Attention groups in lockstep
 share the work: the mean of the busy ones is below their maximum, so the formula holds with X, D and K divided by the
 groups; h then is the hull of what a group does by itself plus that of what all do together, and delta counts only the
 decode steps that a group has to take for itself. Floors of latency are for a request that finds all groups idle.
@@ -241,10 +242,13 @@ class Screen:
         if groups == 1:
             own = fewest
         result = np.zeros(len(budgets))
-        for bound in replica.stages:
+        prompt_steps = (tokens - decodes) / budgets
+        for stage, bound in enumerate(replica.stages):
             steps = np.maximum(fewest, tokens / bound.best[budgets])
             busy = steps * _between(bound.hull, tokens / steps) + bound.zeta * context + bound.delta * own
             busy += bound.kappa[budgets] * need.pairs / groups + bound.eta * (decodes + need.requests / groups)
+            if stage == 0:
+                busy += prompt_steps * model.engine.prompt_overhead_s
             result = np.maximum(result, busy)
         return result
 
@@ -255,7 +259,10 @@ class Screen:
         for limit in self.limits:
             prompt, decodes = self._prompt_at[limit], self._decodes_at[limit]
             chunks = np.maximum(1.0, prompt / replica.best[budgets])
-            first = chunks * _between(replica.alone, prompt / chunks) + replica.kappa[budgets] * prompt * prompt / 2
+            engine = model.engine
+            first = engine.request_overhead_s + np.maximum(1.0, prompt / budgets) * engine.prompt_overhead_s
+            first = first + chunks * _between(replica.alone, prompt / chunks)
+            first += replica.kappa[budgets] * prompt * prompt / 2
             first += replica.sample
             if limit.metric == "ttft":
                 found[limit] = first

@@ -230,8 +230,8 @@ def open_catalogue(model: str, hardware: str, gpus: int, engine: str, cost: str 
     if cost not in COSTS:
         raise PlanError(f"cost {cost!r}: expected one of {', '.join(COSTS)}")
     shape, cluster, profile = load_model(model), load_cluster(hardware, gpus), load_engine(engine)
-    if cost == "analytic":
-        cluster = replace(cluster, device=replace(cluster.device, efficiency=Efficiency()))
+    device = replace(cluster.device, efficiency=Efficiency()) if cost == "analytic" else cluster.device
+    cluster = replace(cluster, device=device.of_engine(profile.kernels))
     if cost != "measured":
         return Catalogue(shape, cluster, profile)
     from hwmodels.kernels.library import open_kernels  # reads tables: not what most questions wait for

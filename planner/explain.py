@@ -17,6 +17,7 @@ from hwmodels.shape import Layer, ModelShape
 from hwmodels.step_model import (
     StepModel,
     decode_operators,
+    kept,
     linear_operators,
     prefill_operators,
     shared_operators,
@@ -241,7 +242,9 @@ class _Step:
 
     def _row(self, op: Operator) -> Row:
         """The operator's price and what it waits for."""
-        time_s, flops, nbytes = (float(np.sum(value)) for value in (self.cost.time_s(op), op.flops, op.bytes))
+        time_s, flops, nbytes = (
+            float(np.sum(value)) for value in (self.cost.time_s(op) * kept(op, self.table.engine), op.flops, op.bytes)
+        )
         sources = self.cost.sources(op)
         source = max(sources, key=lambda name: sources[name])
         if not isinstance(op, Communication):

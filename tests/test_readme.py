@@ -19,7 +19,7 @@ def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ci_runs_the_test_command() -> None:
-    command = "pip install '.[test]' && pytest"
+    command = "pip install '.[test,silicon]' && pytest"
     assert command in README
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 

@@ -61,7 +61,7 @@ def calibrate(
     with bar() as waiting:
         waiting.at("reading", None)
         measured = open_measured(place, hardware, like)
-        found = fit(measured.tables, measured.device, seed, waiting.at)
+        found = fit(measured.tables, measured.device, np.random.default_rng(seed), waiting.at)
         text = profile_text(measured.text, found.device)
         if save is not None:
             save_profile(text, save)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hwmodels.errors import ShardwiseError
+from ui.calibrating import calibrate as calibrate_command
+from ui.enginefitting import engine as engine_fit_command
 from ui.profiling import profile as profile_command
 from ui.validating import app as validate_app
 from ui.validatingkernels import kernels as kernels_command
@@ -39,6 +41,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+validate_app.command("engine")(engine_fit_command)
+app.command("calibrate")(calibrate_command)
 app.command("profile")(profile_command)
 validate_app.command("kernels")(kernels_command)
 validate_app.command("plan")(plan_prices_command)

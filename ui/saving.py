@@ -83,10 +83,12 @@ def ranking_text(result: SearchResult) -> str:
 
 def write_launch_files(folder: Path, files: Mapping[str, str]) -> None:
     """Write launch files, all or none; scripts may be run."""
-    write_files(folder, {name: _launch_file(text, executable=name.endswith(".sh")) for name, text in files.items()})
+    write_files(folder, {name: text_writer(text, executable=name.endswith(".sh")) for name, text in files.items()})
 
 
-def _launch_file(text: str, *, executable: bool) -> Writer:
+def text_writer(text: str, *, executable: bool = False) -> Writer:
+    """What writes the text into a file, for simulator.save.write_files."""
+
     def write(path: Path) -> None:
         path.write_text(text, encoding="utf-8")
         if executable:

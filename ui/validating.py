@@ -5,12 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from simulator.save import Writer
 
 app = typer.Typer(name="validate", help="Compare predictions with what was really measured.", rich_markup_mode=None)
 
@@ -79,7 +76,7 @@ def serving_command(
         if save is not None:
             waiting.at("writing the results", None)
             texts = jsonout.dumps(content) + "\n", rows_text(report), choices_text(report), page(report)
-            write_files(save, {name: _writer(text) for name, text in zip(FILES, texts, strict=True)})
+            write_files(save, {name: saving.text_writer(text) for name, text in zip(FILES, texts, strict=True)})
     if as_json:
         print(jsonout.dumps(content))
         return
@@ -121,10 +118,3 @@ def names(files: Sequence[Path]) -> list[str]:
         raise OptionError(f"{' '.join(map(str, files))}: expected every file once")
     short = [printable(path.name) for path in files]
     return short if len(set(short)) == len(short) else [printable(str(path)) for path in files]
-
-
-def _writer(text: str) -> Writer:
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    return write

@@ -71,12 +71,13 @@ class Calibrated:
 def calibrate(
     tables: Mapping[str, pd.DataFrame],
     device: Device,
-    seed: int = 0,
+    rng: np.random.Generator,
     progress: Callable[[str, float | None], None] = lambda what, share: None,
 ) -> Calibrated:
     """Fit the coefficients of every family with a table to half of its shapes and measure the error on the others.
 
     tables   by family, in the schema of hwmodels.kernels.table, of one device
+    rng      draws the shapes and rows that are fitted to, those of a family whatever other families there are
 
     Coefficients are fitted to all engines together, the rows of each weighing the same, and to each engine's alone.
     What the device had before stays for families without a table. Raises MeasurementError where no family has enough
@@ -86,11 +87,12 @@ def calibrate(
     records: dict[str, Calibration] = dict(device.calibration)
     left_out: dict[str, int] = {}
     present = [family for family in FORMS if family in tables]
+    dice = dict(zip(FORMS, rng.spawn(len(FORMS)), strict=True))
     for done, family in enumerate(present):
         progress(f"fitting {family}", done / len(present))
         form = FORMS[family]
         rows, unused = usable(tables[family], form, device)
-        found = _fit_family(form, rows, device, seed)
+        found = _fit_family(form, rows, device, dice[family])
         fits += found
         for reason, count in unused.items():
             left_out[f"{family}: {reason}"] = count
@@ -142,12 +144,11 @@ def trained(rows: pd.DataFrame, form: Form, rng: np.random.Generator) -> np.ndar
     return kept
 
 
-def _fit_family(form: Form, rows: pd.DataFrame, device: Device, seed: int) -> list[Fit]:
+def _fit_family(form: Form, rows: pd.DataFrame, device: Device, rng: np.random.Generator) -> list[Fit]:
     """Of every format, all engines together and each alone."""
     if rows.empty:
         return []
     found = []
-    rng = np.random.default_rng(seed)
     training = trained(rows, form, rng)
     formats, engines = form.formats(rows), engines_of(rows)
     for name in sorted(formats.unique()):

@@ -12,7 +12,7 @@ from scipy.optimize import least_squares
 
 from hwmodels.engine import Engine, load_engine
 from hwmodels.errors import MeasurementError, ShardwiseError
-from hwmodels.step_model import StepModel
+from hwmodels.step_model import Numbers, StepModel, Tables, packed
 from planner.catalogue import Catalogue, open_catalogue
 from planner.validation.case import Case
 from planner.validation.halves import half_of
@@ -21,15 +21,16 @@ from simulator.deployment import Deployment
 from simulator.result import latencies
 from simulator.simulate import run
 
-#: Fitted coefficients of an engine, and the size at which each begins to matter, in seconds.
+#: Fitted coefficients of an engine, and the size at which each begins to matter.
 COEFFICIENTS = {
     "step_overhead_s": 1e-3,
     "sequence_overhead_s": 1e-5,
     "prompt_overhead_s": 1e-2,
+    "unfused": 0.5,
     "request_overhead_s": 3e-2,
 }
 #: Log error beyond which a point counts less and less: rows that tell of something that is not modelled.
-SOFT = 0.15
+SOFT = 0.1
 #: Weight of a log error in TTFT beside one in TPOT: repeated runs differ more in it.
 TTFT_WEIGHT = 0.5
 
@@ -49,19 +50,22 @@ class EngineFit:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A case whose step models are compiled."""
+    """A case whose step models are compiled: with nothing fused, and with all that can be."""
 
     case: Case
     deployment: Deployment
+    fused: Deployment
 
     def log_errors(self, engine: Engine) -> tuple[float, float]:
         """log(predicted / measured) of TTFT and TPOT under the engine's overheads; NaN where one was not measured."""
         replicas = []
         known: dict[int, StepModel] = {}
-        for spec in self.deployment.replicas:
+        for spec, least in zip(self.deployment.replicas, self.fused.replicas, strict=True):
             old = spec.model
             if id(old) not in known:
-                known[id(old)] = StepModel(old.stages, old.transfer, engine, old.max_tokens, old.max_seqs)
+                pairs = zip(old.stages, least.model.stages, strict=True)
+                stages = [_between(most, less, engine.unfused) for most, less in pairs]
+                known[id(old)] = StepModel(stages, old.transfer, engine, old.max_tokens, old.max_seqs)
             replicas.append(replace(spec, model=known[id(old)]))
         workload = self.case.workload
         log = run(Deployment(replicas, self.deployment.router, engine.request_overhead_s), workload)
@@ -80,7 +84,7 @@ def fit_engine(
 ) -> EngineFit:
     """The engine profile `name` with its COEFFICIENTS fitted to the half of `cases` that half_of calls 'fitted'.
 
-    Robust least squares (soft L1) on the log errors of mean TTFT and TPOT. Raises MeasurementError where too few cases
+    Robust least squares (Cauchy) on the log errors of mean TTFT and TPOT. Raises MeasurementError where too few cases
     of the engine can be simulated.
     """
     start = load_engine(name)
@@ -108,12 +112,13 @@ def fit_engine(
             progress(f"run {calls}: mean |log error| {np.mean(np.abs(found)):.4f}")
             return found
 
+        most = 1.0 / scale  # a second, or all
         first = np.array([getattr(start, key) for key in COEFFICIENTS]) / scale
         solution = least_squares(
             residuals,
-            np.maximum(first, 0.1),
-            bounds=(0, 100),
-            loss="soft_l1",
+            np.clip(first, 0.1, 0.9 * most),
+            bounds=(0, most),
+            loss="cauchy",
             f_scale=SOFT,
             diff_step=0.05,
             max_nfev=10,
@@ -134,6 +139,20 @@ def fit_engine(
     )
 
 
+def _between(most: Tables, least: Tables, share: float) -> Tables:
+    """Tables with `share` of what can be fused left over; it is in the parts that depend on tokens alone."""
+
+    def blend(a: Numbers, b: Numbers) -> Numbers:
+        return packed(share * np.asarray(a) + (1 - share) * np.asarray(b))
+
+    return replace(
+        most,
+        linear=blend(most.linear, least.linear),
+        shared=blend(most.shared, least.shared),
+        head=blend(most.head, least.head),
+    )
+
+
 def _with(engine: Engine, values: NDArray[np.float64]) -> Engine:
     return replace(engine, **dict(zip(COEFFICIENTS, (float(f"{v:.3g}") for v in values), strict=True)))  # type: ignore[arg-type]
 
@@ -149,7 +168,7 @@ def _errors(prepared: Sequence[_Prepared], task: tuple[Engine, list[int]]) -> ND
 
 def _prepared(cases: Sequence[Case], cost: str) -> list[_Prepared]:
     """The cases that fit and whose requests fit, with step models compiled; cases of one cluster share a catalogue."""
-    opened: dict[tuple[str, str, int, int, int], Catalogue] = {}
+    opened: dict[tuple[str, str, int, int, int], tuple[Catalogue, ...]] = {}
     found = []
     for case in cases:
         plan = case.plan
@@ -158,9 +177,16 @@ def _prepared(cases: Sequence[Case], cost: str) -> list[_Prepared]:
         key = plan.model, plan.hardware, plan.gpus, tokens, seqs
         try:
             if key not in opened:
-                opened[key] = open_catalogue(*key[:3], plan.engine, cost)
-                opened[key].reserve(tokens, seqs)
-            found.append(_Prepared(case, opened[key].deployment(plan)))
+                catalogue = open_catalogue(*key[:3], plan.engine, cost)
+                opened[key] = tuple(_catalogue(catalogue, share, tokens, seqs) for share in (1.0, 0.0))
+            nothing, everything = opened[key]
+            found.append(_Prepared(case, nothing.deployment(plan), everything.deployment(plan)))
         except ShardwiseError:
             continue
     return found
+
+
+def _catalogue(catalogue: Catalogue, unfused: float, tokens: int, seqs: int) -> Catalogue:
+    """The same for an engine that leaves this share unfused, with tables as large as its cases ask."""
+    engine = replace(catalogue.engine, unfused=unfused)
+    return Catalogue(catalogue.model, catalogue.cluster, engine, catalogue.kernels, tokens, seqs)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hwmodels.calibration import calibrate, open_measured, profile_text, save_profile
+from hwmodels.calibration import Calibrated, calibrate, open_measured, profile_text, save_profile
 from hwmodels.calibration.forms import FORMS
 from hwmodels.calibration.tables import usable
 from hwmodels.efficiency import (
@@ -45,6 +45,11 @@ def plain_device(name: str = "h100-pcie") -> Device:
 
 
 DEVICE = plain_device()
+
+
+def calibrated(tables: dict[str, pd.DataFrame], device: Device) -> Calibrated:
+    """Always with the same half of the shapes."""
+    return calibrate(tables, device, np.random.default_rng(0))
 
 
 def shapes(family: str, rng: np.random.Generator) -> pd.DataFrame:
@@ -108,7 +113,7 @@ def rng() -> np.random.Generator:
 @pytest.mark.parametrize("family", sorted(TRUE))
 def test_known_coefficients_are_found_again(family, rng):
     rows = table(family, TRUE[family], rng, noise=0.01)
-    found = calibrate({family: rows}, DEVICE)
+    found = calibrated({family: rows}, DEVICE)
     fit = next(fit for fit in found.fits if fit.engine is None)
     exact = FORMS[family].predict(rows, fit.format, DEVICE)
     assert np.quantile(np.abs(exact(fit.coefficients) / exact(TRUE[family]) - 1), 0.99) < 0.01
@@ -121,7 +126,7 @@ def test_known_coefficients_are_found_again(family, rng):
 
 
 def test_fractions_of_peaks_and_every_time_are_found_again(rng):
-    found = calibrate({"gemm": table("gemm", GEMM, rng, noise=0.005)}, DEVICE)
+    found = calibrated({"gemm": table("gemm", GEMM, rng, noise=0.005)}, DEVICE)
     fitted = found.device.efficiency.kernels.gemm["bf16"]
     for name in ("start_s", "mfu", "mbu", "split_s"):
         assert getattr(fitted, name) == pytest.approx(getattr(GEMM, name), rel=0.05), name
@@ -131,7 +136,7 @@ def test_fractions_of_peaks_and_every_time_are_found_again(rng):
 def test_narrowing_the_inputs_is_found_again(rng):
     device = plain_device("h100-sxm")
     rows = table("gemm", FP8, rng, noise=0.005, dtype="fp8", device=device)
-    fitted = calibrate({"gemm": rows}, device).device.efficiency.kernels.gemm["fp8"]
+    fitted = calibrated({"gemm": rows}, device).device.efficiency.kernels.gemm["fp8"]
     assert fitted.cast_mbu == pytest.approx(0.5, rel=0.05)
     assert fitted.mfu == pytest.approx(0.6, rel=0.05)
 
@@ -140,7 +145,7 @@ def test_disturbed_runs_do_not_pull(rng):
     rows = table("attention_decode", DECODE, rng, noise=0.01)
     disturbed = rng.random(len(rows)) < 0.1
     rows.loc[disturbed, "seconds"] *= 5
-    fitted = calibrate({"attention_decode": rows}, DEVICE).device.efficiency.kernels.attention_decode["bf16/bf16"]
+    fitted = calibrated({"attention_decode": rows}, DEVICE).device.efficiency.kernels.attention_decode["bf16/bf16"]
     assert fitted.mbu == pytest.approx(DECODE.mbu, rel=0.05)
     assert fitted.start_s == pytest.approx(DECODE.start_s, rel=0.05)
 
@@ -148,13 +153,13 @@ def test_disturbed_runs_do_not_pull(rng):
 def test_the_error_is_that_of_shapes_that_were_not_fitted_to(rng):
     """A shape whose times are all wrong shows in the error exactly where it is held out, and moves no coefficient."""
     rows = table("gemm", GEMM, rng)
-    clean = calibrate({"gemm": rows}, DEVICE)
+    clean = calibrated({"gemm": rows}, DEVICE)
     fit = next(fit for fit in clean.fits if fit.engine is None)
     held = 0
     for (_, _), at in rows.groupby(["n", "k"]).indices.items():
         wrong = rows.copy()
         wrong.iloc[at, wrong.columns.get_loc("seconds")] *= 1.5
-        found = next(f for f in calibrate({"gemm": wrong}, DEVICE).fits if f.engine is None)
+        found = next(f for f in calibrated({"gemm": wrong}, DEVICE).fits if f.engine is None)
         if (np.abs(found.errors) > 0.3).any():
             held += 1
             assert found.coefficients == fit.coefficients
@@ -166,16 +171,19 @@ def test_the_error_is_that_of_shapes_that_were_not_fitted_to(rng):
 def test_engines_get_coefficients_of_their_own(rng):
     slow = replace(GEMM, start_s=2e-5)
     rows = pd.concat([table("gemm", GEMM, rng), table("gemm", slow, rng, software="sglang 0.5")], ignore_index=True)
-    device = calibrate({"gemm": rows}, DEVICE).device
+    device = calibrated({"gemm": rows}, DEVICE).device
     start = {name: device.of_engine(name).efficiency.kernels.gemm["bf16"].start_s for name in ("vllm", "sglang")}
     assert start == {"vllm": pytest.approx(5e-6, rel=0.03), "sglang": pytest.approx(2e-5, rel=0.03)}
     assert device.of_engine("other") is device
+    mixed = device.of_engine({"default": "vllm", "gemm bf16": "sglang"})
+    assert mixed == device.of_engine({"default": "vllm", "gemm": "sglang"}) == device.of_engine("sglang")
+    assert device.of_engine({"default": "vllm", "gemm fp4": "sglang", "moe": "sglang"}) == device.of_engine("vllm")
     (pooled, own) = device.calibration["gemm"].by_engine["sglang"]
     assert own < 0.01 < pooled
 
 
 def test_calibrated_devices_price_with_their_coefficients(rng):
-    device = calibrate(
+    device = calibrated(
         {"gemm": table("gemm", GEMM, rng), "attention_decode": table("attention_decode", DECODE, rng)}, DEVICE
     ).device
     cost = AnalyticCost(replace(load_cluster("h100-pcie", 1), device=device), Mapping())
@@ -207,7 +215,7 @@ def test_rows_that_say_nothing_of_a_step_are_left_out(rng):
 def test_profiles_keep_everything_else(tmp_path, rng):
     path = DEVICES / "h100-pcie.yaml"
     before = path.read_text(encoding="utf-8")
-    found = calibrate({"gemm": table("gemm", GEMM, rng), "moe": table("moe", EXPERTS, rng)}, DEVICE).device
+    found = calibrated({"gemm": table("gemm", GEMM, rng), "moe": table("moe", EXPERTS, rng)}, DEVICE).device
     text = profile_text("# a remark\n" + before, found)
     assert text.startswith("# a remark\n")
     old, new = plain(before), plain(text)
@@ -262,7 +270,7 @@ def test_a_folder_of_a_new_device_like_a_known_one(tmp_path, rng):
     assert measured.device.name == "my-gpu"
     assert measured.device.peak_flops_per_s == DEVICE.peak_flops_per_s
     assert not measured.device.calibrated("gemm")
-    found = calibrate(measured.tables, measured.device).device
+    found = calibrated(measured.tables, measured.device).device
     save_profile(profile_text(measured.text, found), tmp_path / "my-gpu.yaml")
     loaded = load_device(str(tmp_path / "my-gpu.yaml"))
     assert (loaded.name, loaded.calibrated("gemm"), loaded.calibrated("moe")) == ("my-gpu", True, False)
@@ -302,9 +310,9 @@ def test_bad_tables_are_one_line(tmp_path, rng):
         decode = table("attention_decode", DECODE, rng).assign(device="my-gpu")
         open_measured(str(write(tmp_path / "decode", decode, "attention_decode")))
     with pytest.raises(MeasurementError, match="expected 20 rows"):
-        calibrate({"gemm": rows.head(10)}, DEVICE)
+        calibrated({"gemm": rows.head(10)}, DEVICE)
     with pytest.raises(MeasurementError, match="no tables"):
-        calibrate({}, DEVICE)
+        calibrated({}, DEVICE)
 
 
 SHIPPED = ("h100-sxm", "h200-sxm", "b200-sxm", "gb200", "a100-80-sxm", "l40s", "rtx-pro-6000", "mi300x")
@@ -343,7 +351,7 @@ def test_a_shipped_profile_comes_out_again():
     """The latent-attention coefficients of A100, refitted from the wheel as the documented command does."""
     measured = open_measured("wheel", "a100-80-sxm")
     tables = {family: measured.tables[family] for family in ("mla_decode",)}
-    found = calibrate(tables, plain_device("a100-80-sxm")).device
+    found = calibrated(tables, plain_device("a100-80-sxm")).device
     shipped = load_device("a100-80-sxm")
     for formats, coefficients in found.efficiency.kernels.mla_decode.items():
         assert astuple(shipped.efficiency.kernels.mla_decode[formats]) == pytest.approx(astuple(coefficients), rel=0.02)

@@ -29,6 +29,7 @@ kernels: {default: vllm}
 step_overhead_s: 0.001
 sequence_overhead_s: 0
 prompt_overhead_s: 0.004
+unfused: 0.5
 request_overhead_s: 0.002
 memory_fraction: 0.8
 reserve_bytes: 1e9

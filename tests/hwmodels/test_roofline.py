@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwmodels import operators as ops
+from hwmodels.efficiency import Efficiency
 from hwmodels.hardware import device_names, load_cluster, load_device
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import Mapping, Precision
@@ -39,8 +42,11 @@ def test_a_large_product_keeps_the_multiply_units_busy():
 
 
 def test_fp8_nearly_doubles_a_large_product():
+    """By the peaks; calibrated coefficients know that activations are narrowed first, which takes part of it."""
     fp8 = Precision("fp8", "fp8", "fp8")
-    assert 1.8 <= seconds(gemm(8192)) / seconds(gemm(8192, precision=fp8)) <= 2.05
+    bare = AnalyticCost(replace(load_cluster("h100-sxm", 1), device=replace(H100, efficiency=Efficiency())), Mapping())
+    assert 1.8 <= float(bare.time_s(gemm(8192)) / bare.time_s(gemm(8192, precision=fp8))) <= 2.05
+    assert 1.3 <= seconds(gemm(8192)) / seconds(gemm(8192, precision=fp8)) <= 2.05
 
 
 def test_narrow_weights_speed_up_decode_but_not_prefill():

@@ -25,7 +25,7 @@ from hwmodels.step_model import (
 )
 
 BF16 = Precision()
-ENGINE = Engine("test", "made up", {"default": "vllm"}, 1e-3, 1e-5, 0.0, 0.0, 0.9, 0.0)
+ENGINE = Engine("test", "made up", {"default": "vllm"}, 1e-3, 1e-5, 0.0, 1.0, 0.0, 0.9, 0.0)
 MAX_TOKENS, MAX_SEQS = 8192, 512
 PLANS = {
     "llama-3.1-8b": Mapping(),
@@ -255,11 +255,15 @@ def test_small_limits(llama, max_tokens, max_seqs):
 
 def test_host_work_is_counted_once_a_step_and_once_a_sequence(llama):
     assert llama.steps.overhead_s(3, False) == pytest.approx(1e-3 + 3e-5)
-    idle = Engine("none", "made up", {"default": "vllm"}, 0.0, 0.0, 0.0, 0.0, 0.9, 0.0)
+    idle = Engine("none", "made up", {"default": "vllm"}, 0.0, 0.0, 0.0, 1.0, 0.0, 0.9, 0.0)
     bare = compile_step_model(llama.model, Mapping(), BF16, idle, llama.cost, max_tokens=512, max_seqs=64)
     items = [(100, 0), (50, 10)]
     assert llama.steps.step_s(4, 400, items) - bare.step_s(4, 400, items) == pytest.approx(1e-3 + 6e-5)
 
 
 def test_prices_say_what_they_rest_on(llama):
-    assert evidence(llama.model, Mapping(), BF16, llama.cost) == {"analytic": 1.0}
+    shares = evidence(llama.model, Mapping(), BF16, llama.cost)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert set(shares) == {"calibrated", "analytic"}  # norms and activations are not fitted
+    guessed = AnalyticCost(load_cluster("a10", 1), Mapping())
+    assert evidence(llama.model, Mapping(), BF16, guessed) == {"analytic": pytest.approx(1.0)}

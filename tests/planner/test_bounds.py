@@ -120,7 +120,8 @@ def test_no_simulation_beats_the_bounds(
     arrival = np.cumsum(gaps) * bare_s / count / replicas / load if load else np.zeros(count)
     device = catalogue(model_name, hardware).cluster.device
     spec = ReplicaSpec(model, mapping, config, blocks, device)
-    log = run(Deployment([spec] * replicas, ROUTERS[router]), replace(everything, arrival_s=arrival))
+    deployment = Deployment([spec] * replicas, ROUTERS[router], model.engine.request_overhead_s)
+    log = run(deployment, replace(everything, arrival_s=arrival))
     finish = np.array(log.finish_s)
     assert np.isfinite(finish).all()
     span_s = float(finish.max() - arrival.min())
@@ -203,7 +204,8 @@ def test_a_lone_request_reaches_the_floors() -> None:
     requests = Requests(np.zeros(1), np.array([128]), np.array([2]))
     limits = [Limit("ttft", "max", 1.0), Limit("tpot", "max", 1.0)]
     floors = Screen(requests, limits).latency_s(model, 1, np.array([2048]))
-    assert floors[limits[0]][0] == pytest.approx(model.step_s(0, 0, [(128, 0)]), rel=0.05)
+    way_s = model.engine.request_overhead_s
+    assert floors[limits[0]][0] == pytest.approx(way_s + model.step_s(0, 0, [(128, 0)]), rel=0.05)
     assert floors[limits[1]][0] == pytest.approx(model.step_s(1, 129, []), rel=0.05)
 
 

@@ -68,7 +68,9 @@ def measured() -> dict[tuple[str, float, str], Row]:
 @cache
 def catalogue(engine: str) -> Catalogue:
     memory = replace(load_engine(engine), memory_fraction=0.97)
-    return Catalogue(load_model("llama-3.1-70b"), load_cluster("hgx-h100", 8), memory)
+    cluster = load_cluster("hgx-h100", 8)
+    cluster = replace(cluster, device=cluster.device.of_engine(memory.kernels))
+    return Catalogue(load_model("llama-3.1-70b"), cluster, memory)
 
 
 @cache

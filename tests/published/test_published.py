@@ -20,7 +20,7 @@ from simulator.scheduler import Policy, SchedulerConfig
 from simulator.simulate import run
 from simulator.workload import Fixed, Independent, Poisson, Requests, draw_requests
 
-IDLE_HOST = Engine("idle host", "test", {"default": "vllm"}, 0.0, 0.0, 0.0, 0.0, 0.9, 0.0)
+IDLE_HOST = Engine("idle host", "test", {"default": "vllm"}, 0.0, 0.0, 0.0, 1.0, 0.0, 0.9, 0.0)
 PLENTY = 1_000_000  # KV blocks
 
 

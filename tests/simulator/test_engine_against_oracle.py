@@ -33,6 +33,7 @@ ENGINE = Engine(
     step_overhead_s=1e-3,
     sequence_overhead_s=1e-5,
     prompt_overhead_s=3e-3,
+    unfused=1.0,
     request_overhead_s=0.0,
     memory_fraction=0.9,
     reserve_bytes=0.0,

@@ -27,7 +27,7 @@ from simulator.workload import Requests, Workload
 
 MAX_TOKENS, MAX_SEQS = 256, 16
 DEVICE = load_device("h100-sxm")
-ENGINE = Engine("test", "test", {"default": "vllm"}, 1e-3, 1e-5, 0.0, 0.0, 0.9, 0.0)
+ENGINE = Engine("test", "test", {"default": "vllm"}, 1e-3, 1e-5, 0.0, 1.0, 0.0, 0.9, 0.0)
 MAPPINGS = (Mapping(), Mapping(pp=3), Mapping(attention_dp=2, ep=2))
 POLICIES = ("chunked", "prefill-first", "orca", "static")
 CHECKED = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -33,7 +33,7 @@ def spec(share: float = 1.0) -> ReplicaSpec:
     nothing = [0.0] * (MAX_TOKENS + 1)
     linear = [0.01 + 1e-4 * tokens for tokens in range(MAX_TOKENS + 1)]
     free = Pieces((), (nothing,), (nothing,))
-    engine = Engine("none", "test", {"default": "vllm"}, 0.0, 0.0, 0.0, 0.0, 0.9, 0.0)
+    engine = Engine("none", "test", {"default": "vllm"}, 0.0, 0.0, 0.0, 1.0, 0.0, 0.9, 0.0)
     model = StepModel([Tables(linear, [0.0], nothing, free, free)], nothing, engine, MAX_TOKENS, MAX_SEQS)
     config = SchedulerConfig(max_seqs=MAX_SEQS, token_budget=MAX_TOKENS, max_context_tokens=600)
     return ReplicaSpec(model, Mapping(), config, 10_000, load_device("h100-sxm"), share)

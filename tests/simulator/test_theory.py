@@ -33,7 +33,7 @@ def per_token(max_seqs: int = MAX_SEQS, *, fixed_s: float = 0.0) -> StepModel:
     nothing = [0.0] * (MAX_TOKENS + 1)
     linear = [0.0] + [fixed_s + SERVICE_S * tokens for tokens in range(1, MAX_TOKENS + 1)]
     free = Pieces((), (nothing,), (nothing,))
-    engine = Engine("none", "test", {"default": "vllm"}, 0.0, 0.0, 0.0, 0.0, 0.9, 0.0)
+    engine = Engine("none", "test", {"default": "vllm"}, 0.0, 0.0, 0.0, 1.0, 0.0, 0.9, 0.0)
     return StepModel([Tables(linear, [0.0], nothing, free, free)], nothing, engine, MAX_TOKENS, max_seqs)
 
 

@@ -253,7 +253,7 @@ def on_a_grid(kind: str, config: SchedulerConfig, step_s: float) -> ReplicaSpec:
     mapping = KINDS[kind]
     nothing = [0.0] * (16 * toys.MAX_TOKENS + 1)
     free = Pieces((), (nothing,), (nothing,))
-    engine = Engine("none", "test", {"default": "vllm"}, 0.0, 0.0, 0.0, 0.0, 0.9, 0.0)
+    engine = Engine("none", "test", {"default": "vllm"}, 0.0, 0.0, 0.0, 1.0, 0.0, 0.9, 0.0)
     tables = [Tables([step_s] * (toys.MAX_TOKENS + 1), nothing, nothing, free, free)] * mapping.pp
     model = StepModel(tables, nothing, engine, toys.MAX_TOKENS, toys.MAX_SEQS)
     return ReplicaSpec(model, mapping, config, 60, toys.DEVICE)

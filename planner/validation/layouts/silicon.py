@@ -23,9 +23,9 @@ The client. Rows from InferenceX (files named by a date, database dumps, and the
 its traffic) use its client. The others (`.../aic-auto-gap-analysis/data/...`, and Dynamo's with `gtl_job_id=`) name
 none. A loop of fixed lengths, as aiperf would send by default, keeps requests in step, so that their prompts meet again
 and again. SGLang's rows show it (16 prompts of 1,024 tokens of a 32B model on four H100 take about 0.42 s of
-arithmetic, TTFT is 0.41 to 0.53 s for every output length) and get fixed lengths. vLLM's show prompts that come one by one
-(0.19 s where 16 prompts take 0.69 s together) and get InferenceX's client, as do TensorRT-LLM's, whose TTFT rises with
-the output length and falls with concurrency, which no client known here does.
+arithmetic, TTFT is 0.41 to 0.53 s for every output length) and get fixed lengths. vLLM's show prompts that come one by
+one (0.19 s where 16 prompts take 0.69 s together) and get InferenceX's client, as do TensorRT-LLM's, whose TTFT
+rises with the output length and falls with concurrency, which no client known here does.
 
 Speculative decoding is not a column, and some rows look like runs with it. DeepSeek-R1 FP8 on B200 (SGLang 0.5.9, tp 8,
 one month) is there twice with TPOT apart by 23 % in the median; on H200 (TensorRT-LLM 1.1.0rc2) the rows with experts

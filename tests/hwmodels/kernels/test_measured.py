@@ -95,7 +95,7 @@ def test_attention_is_computed_in_8_bits_only_where_cache_and_products_are():
 
 
 def test_a_step_model_of_measured_products_takes_longer_and_says_why(kernels):
-    idle_engine = Engine("idle", "made up", {"default": "vllm"}, 0.0, 0.0, 0.0, 0.0, 0.9, 0.0)
+    idle_engine = Engine("idle", "made up", {"default": "vllm"}, 0.0, 0.0, 0.0, 1.0, 0.0, 0.9, 0.0)
     model = load_model("llama-3.2-1b")
     limits = {"max_tokens": 512, "max_seqs": 64}
     prices: dict[str, CostModel] = {
