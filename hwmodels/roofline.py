@@ -147,14 +147,16 @@ def product_format(precision: Precision) -> str | None:
     return precision.weights if arithmetic == precision.activations else None
 
 
+def attention_format(precision: Precision) -> str:
+    """The arithmetic of attention: 8 bit where the cache is and the products are no wider, 16 bit otherwise."""
+    return "fp8" if precision.kv == "fp8" and precision.activations in {"fp8", "fp4"} else "bf16"
+
+
 def attention_formats(op: AttentionCore) -> str:
-    """Key of the coefficients: prefill over an 8-bit cache multiplies in 8 bit where products do."""
-    p = op.precision
-    cache = "bf16" if p.kv == "fp16" else p.kv
-    window = "" if op.window_tokens is None else "/window"
-    if op.phase == "prefill" and p.kv == "fp8" and p.activations in {"fp8", "fp4"}:
-        return f"fp8/{cache}{window}"
-    return f"bf16/{cache}{window}"
+    """Key of the coefficients; decode, which waits for the cache, has one set for both kinds of arithmetic."""
+    arithmetic = attention_format(op.precision) if op.phase == "prefill" else "bf16"
+    cache = "bf16" if op.precision.kv == "fp16" else op.precision.kv
+    return f"{arithmetic}/{cache}" + ("" if op.window_tokens is None else "/window")
 
 
 Coefficients = GemmCoefficients | ExpertCoefficients | PrefillCoefficients | DecodeCoefficients

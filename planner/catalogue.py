@@ -131,6 +131,14 @@ class Catalogue:
         mapping = mapping_of(pool)
         return evidence(self.model, mapping, precision_of(pool), self.prices(mapping))
 
+    def plan_evidence(self, plan: Plan) -> dict[str, float]:
+        """The same of a whole plan: its pools, weighted by their devices."""
+        shares: dict[str, float] = {}
+        for pool in plan.pools:
+            for source, share in self.evidence(pool).items():
+                shares[source] = shares.get(source, 0.0) + share * pool.gpus / plan.gpus_used
+        return shares
+
     def work(self, mapping: Mapping, precision: Precision) -> Work:
         """FLOPs and bytes of a replica's steps."""
         key = (mapping, precision)

@@ -499,7 +499,7 @@ class Search:
     def _evidence(self) -> dict[str, float]:
         """What the best plan's prices rest on."""
         best = max(self.ranked, key=lambda r: r.score)
-        return self.catalogue.evidence(best.plan.pools[0])
+        return self.catalogue.plan_evidence(best.plan)
 
     def _nothing_kept(self) -> NoFeasiblePlanError:
         """Say which limit was broken by all plans simulated, and how near the best came."""

@@ -292,7 +292,7 @@ def simulate_command(
     from simulator.save import save_result
     from simulator.simulate import simulate
     from simulator.workload import Workload as Load
-    from ui import jsonout, questions, rendering, saving
+    from ui import jsonout, questions, rendering, saving, words
     from ui.waiting import bar
 
     saving.require_writable(save)
@@ -330,8 +330,9 @@ def simulate_command(
         metrics = summarize(first[0], limits, window)
         kept = {limit: meets(first[0], [limit], window) for limit in limits}
         wall_s = time.perf_counter() - started
+        evidence = catalogue.plan_evidence(chosen)
         totals = first[0].totals
-        content = jsonout.simulation_object(chosen, metrics, totals, kept, intervals, wall_s)
+        content = jsonout.simulation_object(chosen, metrics, totals, kept, intervals, evidence, wall_s)
         if save is not None:
             waiting.at("writing the results", None)
             save_result(first[0], metrics, save, also={"result.json": jsonout.dumps(content) + "\n"})
@@ -345,6 +346,7 @@ def simulate_command(
     rendering.show_simulation(
         out, chosen, f"{len(first[0].requests):,} requests of {traffic.name}, {how}", metrics, totals, kept, intervals
     )
+    rendering.say(out, f"Step times rest on: {words.shares(evidence)}.")
     if save is not None:
         rendering.say(
             out, f"Saved to {save}: requests.csv, requests.parquet, metrics.json, timeline.json, result.json."

@@ -29,6 +29,7 @@ shardwise simulate
                  memory_bytes_per_s, lanes and kv_blocks (by replica), seed, events
     limits       {limit: whether the measured requests keep it together}, empty without limits
     replications {metric: {mean, half_width, runs}} of a 95 % interval; null for a single run
+    evidence     {source of prices: share of a step's device time}
     wall_s       of the simulation
 
 shardwise explain
@@ -36,16 +37,30 @@ shardwise explain
     memory       device_bytes, weights_bytes, activations_bytes, engine_bytes, kv_bytes, kv_bytes_per_token, kv_blocks,
                  kv_tokens (of one scheduler)
     steps        list of {title, tokens, time_s, step_model_s, binding, bounds {resource: seconds}, mfu, mbu,
-                 operators: list of {name, kind, count, time_s, share, flops, bytes, bound, algorithm, link}}; flops and
-                 bytes are sums over all launches on one device
+                 operators: list of {name, kind, count, time_s, share, flops, bytes, bound, algorithm, link, source}};
+                 flops and bytes are sums over all launches on one device
 
 shardwise models      models: list of {name, parameters, active_parameters, layers, hidden, attention, experts,
                       kv_bytes_per_token, max_context_tokens, published_parameters, source}; KV in 16 bit
 shardwise hardware    devices: list of {name, vendor, kind, peak_flops_per_s {format: rate}, memory_bytes,
-                      memory_bytes_per_s, tdp_w, idle_w, price_usd_per_h, default_cluster, source};
+                      memory_bytes_per_s, tdp_w, idle_w, price_usd_per_h, default_cluster, calibration {family: what its
+                      coefficients were fitted to, and the error on the rest}, source};
                       clusters: list of {name, device, gpus_per_node, intra, inter}, links as {name, kind,
                       bytes_per_s, latency_s} or null
 shardwise export      engine, engine_version, files {name: text}, notes
+
+shardwise profile     new {family: rows measured in this run}, groups, about (the content of about.yaml)
+shardwise calibrate   see ui.calibrating
+shardwise validate serving
+    rows, mapped, unmapped {reason: rows}, files, cost, evidence, wall_s
+    ttft, tpot, throughput, e2e   {mape, median_ape, bias, spearman, n}
+    groups       {label: {value: {metric: as above}}}
+    regret       {mean, p90, n, best_chosen, at_random, latency}; noise, copies; see ui.validationreport.report_object
+shardwise validate kernels    asked, measured {family: rows}, software, groups: list of {family, cost, dtype,
+                      experiment, whole {n, median, p90, bias}, classes, unpriced}, left_out {reason: rows}, wall_s
+shardwise validate plan       plan, source, engine, kernels, pools: list of {steps: operators with their analytic,
+                      calibrated and measured prices and the nearest measured kernels}
+shardwise validate engine     engine (the fitted profile), points {half: rows}, errors {half: {metric: [before, after]}}
 """
 
 from __future__ import annotations
@@ -158,6 +173,7 @@ def simulation_object(
     totals: RunTotals,
     kept: Mapping[Limit, bool],
     replications: pd.DataFrame | None,
+    evidence: Mapping[str, float],
     wall_s: float,
 ) -> dict[str, Any]:
     """One simulated plan."""
@@ -168,6 +184,7 @@ def simulation_object(
         "totals": asdict(totals),
         "limits": {str(limit): value for limit, value in kept.items()},
         "replications": None if replications is None else _replications(replications),
+        "evidence": dict(evidence),
         "wall_s": wall_s,
     }
 
@@ -252,6 +269,7 @@ def hardware_object(devices: Sequence[Device], clusters: Sequence[Cluster]) -> d
                 "idle_w": device.idle_w,
                 "price_usd_per_h": device.price_usd_per_h,
                 "default_cluster": device.default_cluster,
+                "calibration": {family: asdict(found) for family, found in device.calibration.items()},
                 "source": device.source,
             }
             for device in devices

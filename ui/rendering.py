@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ui.words import in_short, in_words, kept, number, percent, printable, replicas, scaled, scheduling, seconds
+from ui.words import in_short, in_words, kept, number, percent, printable, replicas, scaled, scheduling, seconds, shares
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,8 +88,7 @@ def show_plan(out: Console, result: SearchResult, traffic: str, metrics: Metrics
         ]  # fmt: skip
         columns = ["plan", "scheduling", "offered/s", "tokens/s per GPU", "tokens/s per user"]
         show_table(out, "Pareto front of the points simulated within the limits", columns, points, words=2)
-    evidence = ", ".join(f"{source} {percent(share)}" for source, share in result.evidence.items())
-    say(out, f"Step times rest on: {evidence}. Searched for {seconds(result.wall_s)}.")
+    say(out, f"Step times rest on: {shares(result.evidence)}. Searched for {seconds(result.wall_s)}.")
 
 
 def _show_ranking(out: Console, result: SearchResult) -> None:
@@ -276,6 +275,12 @@ def show_models(out: Console, models: Sequence[ModelShape], attention: Mapping[s
     show_table(out, f"{len(rows)} models (KV in 16 bit); any config.json works too", columns, rows, words=2)
 
 
+def fitted_error(device: Device) -> str:
+    """Median held-out error of the GEMMs' fitted coefficients; a dash where they are estimates."""
+    gemm = device.calibration.get("gemm")
+    return "-" if gemm is None else percent(gemm.held_out_median_ape)
+
+
 def show_hardware(out: Console, devices: Sequence[Device], clusters: Sequence[Cluster]) -> None:
     """Shipped devices and clusters."""
     rows = []
@@ -285,9 +290,9 @@ def show_hardware(out: Console, devices: Sequence[Device], clusters: Sequence[Cl
         price = "-" if d.price_usd_per_h is None else f"{d.price_usd_per_h:.2f}"
         rows.append(
             [d.name, d.default_cluster, *tera, f"{d.memory_bytes / GIB:,.1f}", f"{d.memory_bytes_per_s / 1e9:,.0f}",
-             f"{d.tdp_w:,.0f}", price]
+             f"{d.tdp_w:,.0f}", price, fitted_error(d)]
         )  # fmt: skip
-    columns = ["device", "cluster", "bf16 TFLOP/s", "fp8", "int8", "GiB", "GB/s", "TDP W", "USD/h"]
+    columns = ["device", "cluster", "bf16 TFLOP/s", "fp8", "int8", "GiB", "GB/s", "TDP W", "USD/h", "GEMM error"]
     show_table(out, f"{len(rows)} devices (dense peaks)", columns, rows, words=2)
     links = []
     for c in clusters:

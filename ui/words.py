@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -115,3 +116,8 @@ def attention(model: ModelShape) -> str:
     words = [kind, *(f"window {window}" for window in sorted(w for w in windows if w is not None))]
     experts = next((layer.feed_forward for layer in model.layers if layer.feed_forward.experts), None)
     return ", ".join(words + ([] if experts is None else [f"MoE {experts.experts}/{experts.top_k}"]))
+
+
+def shares(parts: Mapping[str, float]) -> str:
+    """Shares by name, such as 'measured 91 %, analytic 9 %'."""
+    return ", ".join(f"{name} {percent(share)}" for name, share in parts.items())

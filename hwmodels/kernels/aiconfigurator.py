@@ -52,6 +52,17 @@ DTYPES = {
 }
 #: Width of DeepSeek's heads: the part without position, and the latent (arXiv:2412.19437, section 4.2).
 NOPE, LATENT = 128, 512
+#: Expert blocks without a gate, (hidden, intermediate, experts, top_k): the Nemotron-H family. The tables do not say so
+#: but in TensorRT-LLM's kernel_source, which has 'nongated' for these blocks alone; a model is one in every engine.
+NOT_GATED = (
+    (4096, 2688, 512, 22),
+    (2688, 1856, 128, 6),
+    (8192, 5120, 512, 22),
+    (2048, 5120, 512, 22),
+    (1024, 2688, 512, 22),
+)
+#: GPUs a node has: the trays of a Grace-Blackwell rack have 4 (their moe_a2a tables: one node, ep_size 4), others 8.
+NODE_GPUS = {"gb200": 4, "gb300": 4}
 COLLECTIVES = {
     "all_reduce": "all-reduce",
     "all_gather": "all-gather",
@@ -96,7 +107,8 @@ class Wheel:
             if version not in (None, found):
                 continue
             try:
-                frame = convert(pq.read_table(path).to_pandas())
+                raw = pq.read_table(path).to_pandas()
+                frame = convert(raw.assign(node_gpus=NODE_GPUS.get(device, 8)))
             except (KeyError, ValueError, TypeError, AttributeError, OSError, pa.ArrowException) as error:
                 raise MeasurementError(
                     f"{path}: not the layout of {DISTRIBUTION} 0.12 ({error}); "
@@ -190,6 +202,8 @@ def _latent_products(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def _moe(raw: pd.DataFrame) -> pd.DataFrame:
+    block = pd.MultiIndex.from_frame(raw[["hidden_size", "inter_size", "num_experts", "topk"]])
+    nongated = raw["kernel_source"].str.contains("nongated") | block.isin(NOT_GATED)
     frame = _start(raw, "moe_dtype").assign(
         tokens=raw["num_tokens"],
         hidden=raw["hidden_size"],
@@ -198,7 +212,7 @@ def _moe(raw: pd.DataFrame) -> pd.DataFrame:
         top_k=raw["topk"],
         tp=raw["moe_tp_size"],
         ep=raw["moe_ep_size"],
-        gated=(~raw["kernel_source"].str.contains("nongated")).astype(int),
+        gated=(~nongated).astype(int),
         distribution=raw["distribution"],
     )
     return frame.dropna(subset="dtype")
@@ -263,7 +277,7 @@ def _exchange(raw: pd.DataFrame, kind: str, seconds: pd.Series, kernel: pd.Serie
 
 
 def _deepep_low_latency(raw: pd.DataFrame) -> pd.DataFrame:
-    kernel, gpus = "deepep_ll" + raw["kernel_source"].str[:0], raw["node_num"] * 8
+    kernel, gpus = "deepep_ll" + raw["kernel_source"].str[:0], raw["node_num"] * raw["node_gpus"]
     return pd.concat(
         [_exchange(raw, kind, raw[f"{kind}_avg_t_us"] * 1e-6, kernel, gpus) for kind in ("dispatch", "combine")],
         ignore_index=True,
@@ -275,7 +289,7 @@ def _deepep_normal(raw: pd.DataFrame) -> pd.DataFrame:
     for kind in ("dispatch", "combine"):
         kernel = "deepep_normal_sms" + raw[f"{kind}_sms"].astype(int).astype(str)
         seconds = (raw[f"{kind}_transmit_us"] + raw[f"{kind}_notify_us"]) * 1e-6
-        frames.append(_exchange(raw, kind, seconds, kernel, raw["node_num"] * 8))
+        frames.append(_exchange(raw, kind, seconds, kernel, raw["node_num"] * raw["node_gpus"]))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -9,7 +9,8 @@ import pandas as pd
 
 from hwmodels.errors import MeasurementError
 from hwmodels.hardware import Device
-from hwmodels.kernels.attention import TIMES, AttentionTimes
+from hwmodels.kernels.attention import TIMES
+from hwmodels.kernels.attention_table import AttentionTimes
 
 #: Share of a table's rows left out at once: all neighbours of nearly every left-out row stay in.
 FOLD = 0.02

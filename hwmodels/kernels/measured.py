@@ -7,9 +7,9 @@ import numpy as np
 from hwmodels.hardware import Cluster
 from hwmodels.kernels.estimate import Estimate
 from hwmodels.kernels.library import Kernels
-from hwmodels.mapping import WEIGHT_FORMATS, Mapping, Precision
+from hwmodels.mapping import Mapping
 from hwmodels.operators import Array, AttentionCore, Communication, Experts, Gemm, Operator
-from hwmodels.roofline import AnalyticCost
+from hwmodels.roofline import AnalyticCost, attention_format, product_format
 
 #: Popularity of experts: a power law of this exponent, the one of the measured distributions that is nearest to what
 #: serving shows (AIConfigurator's default too); hwmodels.kernels.expert_routing says what it means.
@@ -104,17 +104,3 @@ class MeasuredCost:
         if self.kernels.collective is None or len(ranks) == 1 or not self.within[op.group]:
             return None
         return self.kernels.collective.time_s(op.kind, len(ranks), np.maximum(op.bytes, 1.0))
-
-
-def product_format(precision: Precision) -> str | None:
-    """The name under which tables keep products of these formats; None where engines have no such kernel."""
-    arithmetic = WEIGHT_FORMATS[precision.weights][1] or "bf16"
-    sixteen = {"bf16", "fp16"}
-    if arithmetic in sixteen and precision.activations in sixteen:
-        return precision.weights if precision.weights not in sixteen else "bf16"
-    return precision.weights if arithmetic == precision.activations else None
-
-
-def attention_format(precision: Precision) -> str:
-    """The arithmetic of attention: 8 bit where the cache is and the products are no wider, 16 bit otherwise."""
-    return "fp8" if precision.kv == "fp8" and precision.activations in {"fp8", "fp4"} else "bf16"

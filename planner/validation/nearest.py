@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from hwmodels.kernels.measured import attention_format, product_format
 from hwmodels.kernels.table import FAMILIES, TEXT
 from hwmodels.operators import AttentionCore, Communication, Elementwise, Experts, Gemm, GroupedGemm, Operator
+from hwmodels.roofline import attention_format, product_format
 
 #: Numbers that may be zero; they are compared one up.
 MAY_BE_ZERO = frozenset({"before", "window", "gated"})

@@ -60,9 +60,9 @@ def test_plan_prints_one_object_and_saves_it(capsys, tmp_path):
     assert len(pd.read_csv(folder / "plans.csv")) == len(found["ranked"])
     assert len(pd.read_csv(folder / "requests.csv")) == 200
     assert json.loads((folder / "timeline.json").read_text())["traceEvents"]
-    again = answer(
-        capsys, "simulate", str(folder / "plan.yaml"), "--requests", "200", "--rate", str(best["rate_per_s"])
-    )
+    limits = ["--ttft", "p99=2s", "--tpot", "p99=50ms"]
+    rate = str(best["rate_per_s"])
+    again = answer(capsys, "simulate", str(folder / "plan.yaml"), "--requests", "200", "--rate", rate, *limits)
     assert again["metrics"] == best["metrics"]
 
 

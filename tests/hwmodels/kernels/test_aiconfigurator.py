@@ -122,6 +122,16 @@ def test_expert_exchange_is_in_microseconds(whole):
     assert rows.loc[("nvlink_sms16", "combine"), ["gpus", "nodes"]].tolist() == [8, 1]
 
 
+@pytest.mark.parametrize(("system", "device", "gpus"), [("gb200", "gb200", 8), ("gb300", "gb300", 8), ("b200_sxm", "b200-sxm", 16)])
+def test_nodes_of_grace_blackwell_racks_have_four_gpus(tmp_path, system, device, gpus):
+    store(tmp_path, "comm", "wideep_deepep_ll", LOW, system=system)
+    wheel = store(tmp_path, "comm", "wideep_deepep_normal", NORMAL, system=system)
+    rows = wheel.read(device, "vllm", "expert_exchange")
+    assert len(rows) == 4
+    assert set(rows["gpus"]) == {gpus}
+    assert set(rows["nodes"]) == {2}
+
+
 def test_step_counts_the_tokens_before(whole):
     prefill = whole.read("h200-sxm", "vllm", "attention_prefill").iloc[0]
     assert (prefill["new"], prefill["before"], prefill["kv_dtype"]) == (512, 100, "fp8")
@@ -140,6 +150,13 @@ def test_formats_nobody_serves_in_are_left_out(tmp_path):
     assert wheel.read("h200-sxm", "vllm", "gemm")["dtype"].tolist() == ["bf16"]
     wheel = store(tmp_path, "moe", "moe", MOE, MOE | {"kernel_source": "cutlass_nongated"})
     assert sorted(wheel.read("h200-sxm", "vllm", "moe")["gated"]) == [0, 1]
+
+
+@pytest.mark.parametrize(("experts", "gated"), [(512, 0), (256, 1)])
+def test_a_block_without_a_gate_is_one_in_every_engine(tmp_path, experts, gated):
+    row = MOE | {"hidden_size": 4096, "inter_size": 2688, "num_experts": experts, "topk": 22, "kernel_source": "triton"}
+    wheel = store(tmp_path, "moe", "moe", row)
+    assert wheel.read("h200-sxm", "vllm", "moe")["gated"].tolist() == [gated]
 
 
 @given(st.lists(st.floats(1e-3, 10.0), min_size=1, max_size=7))

@@ -13,7 +13,7 @@ from hwmodels.hardware import load_cluster
 from hwmodels.huggingface import load_model
 from hwmodels.kernels.gemm import GemmTimes
 from hwmodels.kernels.library import Kernels, without_scaling
-from hwmodels.kernels.measured import MeasuredCost, attention_format, product_format
+from hwmodels.kernels.measured import MeasuredCost
 from hwmodels.kernels.table import checked
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.operators import Elementwise, Gemm
