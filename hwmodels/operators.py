@@ -199,6 +199,19 @@ def row_bytes(k: int, n: int, p: Precision) -> float:
     return k * DTYPE_BYTES[p.activations] + n * wire_bytes(p)
 
 
+def scaled(found: list[Operator]) -> list[Operator]:
+    """The operators with a kernel before every block-scaled product that scales its activations, 128 at a time, to fp8.
+
+    Scales per tensor are static, known from the checkpoint, and applied where the activations are made.
+    """
+    result: list[Operator] = []
+    for op in found:
+        if isinstance(op, Gemm) and op.precision.weights == "fp8_block" and op.groups == 1:
+            result.append(Elementwise(f"scaling for {op.name}", op.m * op.k * (2.0 + 1.0 + 4.0 / 128), op.count))
+        result.append(op)
+    return result
+
+
 def kv_heads_per_rank(attention: Attention, tp: int) -> int:
     """KV heads a rank keeps; heads are replicated once there are more ranks than heads."""
     return max(1, attention.kv_heads // tp)
@@ -225,7 +238,7 @@ def attention_linear(
     ops.append(Gemm("output projection", tokens, hidden, heads * attention.value_dim, p, count))
     if t > 1:
         ops.append(Communication("attention all-reduce", "all-reduce", "tp", tokens * hidden * element, count))
-    return ops
+    return scaled(ops)
 
 
 def decode_attention(
@@ -295,7 +308,7 @@ def prefill_attention(
     latent = attention.latent
     expanded = heads * (attention.head_dim - latent.rope_dim + attention.value_dim)
     return [
-        Gemm("latent up projection", read + new, expanded, latent.kv_rank, p, count),
+        *scaled([Gemm("latent up projection", read + new, expanded, latent.kv_rank, p, count)]),
         AttentionCore("prefill attention", "prefill", new, pairs, read, heads, heads,
                       attention.head_dim, attention.value_dim, False, p, count),
     ]  # fmt: skip
@@ -316,7 +329,7 @@ def dense_feed_forward(
     ]
     if tp > 1:
         ops.append(Communication("feed-forward all-reduce", "all-reduce", "tp", tokens * model.hidden * element, count))
-    return ops
+    return scaled(ops)
 
 
 def expected_active_experts(experts_here: float, rows: Array, experts: int, top_k: int, total_tokens: Array) -> Array:
@@ -397,7 +410,7 @@ def expert_feed_forward(
             ops.append(Communication("token all-gather", "all-gather", "tp", tokens * hidden * element, count))
     elif mapping.gpus // mapping.pp > 1:
         ops.append(Communication("expert all-reduce", "all-reduce", "tp", tokens * hidden * element, count))
-    return ops
+    return scaled(ops)
 
 
 def embedding(model: ModelShape, tokens: Array, tp: int, p: Precision) -> list[Operator]:

@@ -6,6 +6,7 @@ Kernels of a calibrated format follow hwmodels.kernelforms with the device's coe
 from __future__ import annotations
 
 from collections.abc import Mapping as TypingMapping
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -35,6 +36,8 @@ TILES = ((1.0, 1.0, 1.0), (0.5, 1.0, 0.85), (0.5, 0.5, 0.7), (0.125, 0.5, 0.25))
 SPLITS = ((1, 1.0), (2, 0.92), (4, 0.85), (8, 0.75))
 #: Share of the GEMM rate left when narrow weights are widened to the activations' format inside the kernel.
 DEQUANTIZE = 0.9
+#: Coefficients that say how fast kernels compute and how fast they move bytes; the others say what starting takes.
+ARITHMETIC, TRAFFIC = ("mfu", "feed_bytes_per_s", "softmax_per_s"), ("mbu", "cast_mbu", "activation_mbu")
 
 
 def memory_time_s(nbytes: Array | float, device: Device) -> Array:
@@ -103,6 +106,29 @@ class AnalyticCost:
     def collective(self, kind: str, group: str) -> Collective:
         """The collective `kind` over the rank group called `group`."""
         return compiled(self.cluster, kind, self.groups[group])
+
+    def fitted_parts_s(self, op: Operator) -> dict[str, float] | None:
+        """Seconds of one launch that 'compute', 'memory' and 'launch' would each take alone.
+
+        None where no coefficients were fitted. Compute and memory overlap, the launch does not.
+        """
+        if isinstance(op, (Communication, Elementwise, GroupedGemm)):
+            return None
+        fitted = _coefficients(op, self.device)
+        if fitted is None:
+            return None
+
+        def without_s(rates: tuple[str, ...]) -> float:
+            instant: dict[str, float] = {name: np.inf for name in rates if hasattr(fitted, name)}
+            c: Coefficients = replace(fitted, **instant)  # type: ignore[arg-type]
+            return float(np.sum(_fitted_time_s(op, c, self.device)))
+
+        launch_s = without_s(ARITHMETIC + TRAFFIC)
+        return {
+            "compute": without_s(TRAFFIC) - launch_s,
+            "memory": without_s(ARITHMETIC) - launch_s,
+            "launch": launch_s,
+        }
 
     def kernel_time_s(self, op: Gemm | GroupedGemm | AttentionCore | Elementwise | Experts) -> Array:
         """Seconds of one launch; zero where there is nothing to do."""

@@ -248,7 +248,7 @@ class _Step:
         sources = self.cost.sources(op)
         source = max(sources, key=lambda name: sources[name])
         if not isinstance(op, Communication):
-            bound = _bound(op, self.cluster.device)
+            bound = _bound(op, self.analytic)
             return Row(
                 op.name, _KINDS[type(op)], op.count, time_s, op.count * flops, op.count * nbytes, bound, source=source
             )
@@ -267,12 +267,16 @@ _KINDS: dict[type, str] = {
 }  # fmt: skip
 
 
-def _bound(op: Gemm | GroupedGemm | AttentionCore | Elementwise | Experts, device: Device) -> str:
+def _bound(op: Gemm | GroupedGemm | AttentionCore | Elementwise | Experts, analytic: AnalyticCost) -> str:
     """Which part of a kernel's time is longest: arithmetic, memory traffic, or getting started.
 
-    Arithmetic and traffic overlap, the start does not; the ramp of memory_time_s counts as start. Of a fused kernel,
-    its largest part decides.
+    Arithmetic and traffic overlap, the start does not; the ramp of memory_time_s counts as start. Of experts without
+    fitted coefficients, the largest product decides.
     """
+    parts = analytic.fitted_parts_s(op)
+    if parts is not None:
+        return max(parts, key=lambda name: parts[name])
+    device = analytic.device
     if isinstance(op, Experts):
         op = max(op.parts, key=lambda part: float(np.sum(part.bytes)))
     e = device.efficiency

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS
+from hwmodels.wholefile import whole_file
 from hwmodels.yamlfiles import plain, shortened
 from planner.errors import PlanError
 from planner.plan import Plan, Pool
@@ -55,21 +55,10 @@ def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     check_plan(plan)
     target = Path(path)
     text = yaml.safe_dump(_PLAN.dump_python(plan, mode="json"), sort_keys=False, allow_unicode=True)
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as handle:
-            temporary = handle.name
-            handle.write(text)
-        # A temporary file is private (0600); the plan gets what open() would have given it.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
+        with whole_file(target) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise SaveError(
             f"{target}: cannot be written ({error.strerror}), expected a writable folder; choose another path"
         ) from None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from hwmodels.efficiencyfile import calibration_block, kernels_block, yaml_text
 from hwmodels.errors import ProfileError
 from hwmodels.hardware import Device, load_device
+from hwmodels.wholefile import whole_file
 from hwmodels.yamlfiles import plain, read_mapping
 
 #: The blocks that are written anew.
@@ -54,24 +53,13 @@ def save_profile(text: str, path: Path) -> None:
 
     Raises ProfileError where it is no profile or cannot be written.
     """
-    unfinished: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".yaml", dir=path.parent)
-        unfinished = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        read_mapping(unfinished)
-        load_device(str(unfinished))
-        # A temporary file is private (0600); the profile gets what open() would have given it.
-        mask = os.umask(0)
-        os.umask(mask)
-        unfinished.chmod(0o666 & ~mask)
-        unfinished.replace(path)
+        with whole_file(path, ".yaml") as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+            read_mapping(unfinished)
+            load_device(str(unfinished))
     except OSError as error:
         raise ProfileError(
             f"{path}: cannot be written ({error.strerror or error}); choose a file that can be written"
         ) from None
-    finally:
-        if unfinished is not None:
-            unfinished.unlink(missing_ok=True)

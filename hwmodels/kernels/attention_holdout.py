@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
 
@@ -11,15 +9,11 @@ from hwmodels.errors import MeasurementError
 from hwmodels.hardware import Device
 from hwmodels.kernels.attention import TIMES
 from hwmodels.kernels.attention_table import AttentionTimes
+from hwmodels.kernels.holdout import COLUMNS, REACH, Folds, joined, points
 
-#: Share of a table's rows left out at once: all neighbours of nearly every left-out row stay in.
-FOLD = 0.02
 #: Head counts left out, each on its own.
 SHAPES = 10
-#: How far beyond the cut rows are predicted.
-REACH = 4
-COLUMNS = ["family", "dtype", "experiment", "size", "seconds", "predicted_s"]
-#: Columns beside those, which say where a row lies; `length` is new or context.
+#: Columns beside COLUMNS, which say where a row lies; `length` is new or context.
 DETAIL = ["kv_dtype", "head_dim", "window", "heads", "kv_heads", "batch", "length"]
 
 
@@ -40,9 +34,9 @@ def held_out(
     times = TIMES[family]
     rows = times.usable(rows, device)
     if rows.empty:
-        return pd.DataFrame(columns=[*COLUMNS, *DETAIL])
+        return joined([], DETAIL)
     experiments = {
-        "point": _points(rows, rng, limit),
+        "point": points(rows, rng, limit),
         "between": _gaps(rows, times.SIZE, rng, limit),
         "shape": _shapes(rows, rng),
         "beyond": _cuts(rows, times.SIZE),
@@ -58,10 +52,7 @@ def held_out(
         if parts:
             found = pd.concat(parts, ignore_index=True).assign(experiment=experiment)
             frames.append(found.sample(min(limit, len(found)), random_state=rng))
-    return pd.concat(frames, ignore_index=True)
-
-
-Folds = Iterator[tuple[np.ndarray, np.ndarray]]
+    return joined(frames, DETAIL)
 
 
 def _thinned(test: np.ndarray, rng: np.random.Generator, limit: int) -> np.ndarray:
@@ -69,15 +60,6 @@ def _thinned(test: np.ndarray, rng: np.random.Generator, limit: int) -> np.ndarr
     kept = np.zeros_like(test)
     kept[rng.permutation(np.flatnonzero(test))[:limit]] = True
     return kept
-
-
-def _points(rows: pd.DataFrame, rng: np.random.Generator, limit: int) -> Folds:
-    order = rng.permutation(len(rows))[:limit]
-    fold = max(1, int(FOLD * len(rows)))
-    for start in range(0, len(order), fold):
-        test = np.zeros(len(rows), dtype=bool)
-        test[order[start : start + fold]] = True
-        yield ~test, test
 
 
 def _gaps(rows: pd.DataFrame, length: str, rng: np.random.Generator, limit: int) -> Folds:

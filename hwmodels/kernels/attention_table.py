@@ -14,7 +14,6 @@ from typing import ClassVar, Self
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from hwmodels.hardware import Device
 from hwmodels.kernels.attention_holes import OUTLIER, filled, hiccups, outliers
@@ -31,6 +30,7 @@ from hwmodels.kernels.attention_surface import (
     reaching,
     stretched,
 )
+from hwmodels.kernels.curve import fitted
 from hwmodels.kernels.estimate import Estimate
 from hwmodels.kernels.table import FAMILIES, beyond_peak
 
@@ -92,7 +92,7 @@ class AttentionTimes:
         for group in groups:
             part = [i for i, shape in enumerate(shapes) if shape.group == group]
             times = np.concatenate([seconds[starts[i] : starts[i + 1]] for i in part])
-            weights.append(_fitted(np.concatenate([terms[i] for i in part]), times))
+            weights.append(_weights(np.concatenate([terms[i] for i in part]), times))
         return cls(
             device,
             shapes,
@@ -337,9 +337,7 @@ class AttentionTimes:
         return Surface(fine_b, fine_s, guided, np.where(known > 1 - 1e-9, 1.0, 0.0))
 
 
-def _fitted(terms: Array, seconds: Array) -> Array:
+def _weights(terms: Array, seconds: Array) -> Array:
     """Weights >= 0 of the guide's terms with the least squared relative error, none of them quite zero."""
     step = max(1, len(seconds) // GUIDE_ROWS)
-    terms, seconds = terms[::step], seconds[::step]
-    weights: Array = nnls(terms / seconds[:, None], np.ones(len(seconds)))[0]
-    return np.maximum(weights, 0.02)
+    return np.maximum(fitted(terms[::step], seconds[::step]), 0.02)

@@ -7,6 +7,7 @@ import pandas as pd
 
 from hwmodels.hardware import Device
 from hwmodels.kernels.exchange import SHAPE, ExchangeTimes
+from hwmodels.kernels.holdout import joined
 
 CURVE = ["kernel", "kind", *SHAPE]
 #: Fits of the experiment 'point': rows left out together belong to different curves; tables without one shape.
@@ -34,13 +35,13 @@ def held_out(rows: pd.DataFrame, device: Device, rng: np.random.Generator, limit
         _, first = np.unique(curve[order], return_index=True)
         leave_out("point", np.isin(np.arange(len(rows)), order[first]), limit // FOLDS)
     shape = rows.groupby(list(SHAPE)).ngroup().to_numpy()
-    for g in rng.permutation(shape.max() + 1)[:SHAPES]:
+    for g in rng.permutation(np.unique(shape))[:SHAPES]:
         leave_out("shape", shape == g, max(1, limit // SHAPES))
     tokens = rows["tokens"].to_numpy(float)
     ends = rows.groupby(curve)["tokens"].agg(["min", "max"]).loc[curve].to_numpy(float)
     for gone in (tokens > ends[:, 1] / 4, tokens < ends[:, 0] * 4):
         leave_out("beyond", gone, limit // 2)
-    return pd.concat(found, ignore_index=True)
+    return joined(found, ["kind", "gpus"])
 
 
 def _predicted(table: pd.DataFrame, rows: pd.DataFrame, device: Device, experiment: str) -> pd.DataFrame:

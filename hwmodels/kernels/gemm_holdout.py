@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from hwmodels.hardware import Device
 from hwmodels.kernels.gemm import BatchedGemmTimes, GemmTimes
+from hwmodels.kernels.holdout import FOLD, REACH, Folds, joined, points
 from hwmodels.kernels.table import beyond_peak
 
-#: Share of a table's rows, or of its shapes, left out at once: nearly all neighbours of what is left out stay in.
-FOLD = 0.02
 #: Rounds of leaving out shapes.
 ROUNDS = 12
-#: How far beyond the cut rows are predicted.
-REACH = 4
-COLUMNS = ["family", "dtype", "experiment", "size", "seconds", "predicted_s"]
-
-Folds = Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]
 
 
 def held_out(rows: pd.DataFrame, device: Device, rng: np.random.Generator, limit: int = 2000) -> pd.DataFrame:
@@ -34,11 +25,12 @@ def held_out(rows: pd.DataFrame, device: Device, rng: np.random.Generator, limit
     """
     batched = "groups" in rows
     family = "batched_gemm" if batched else "gemm"
+    detail = ["m", "groups", "n", "k"] if batched else ["m", "n", "k"]
     rows = rows[~beyond_peak(rows, family, device)].reset_index(drop=True)
     if rows.empty:
-        return pd.DataFrame(columns=COLUMNS)
+        return joined([], detail)
     experiments: dict[str, list[Folds]] = {
-        "point": [_points(rows, rng, limit)],
+        "point": [points(rows, rng, limit)],
         "between": [_sizes(rows, rng)],
         "shape": [_shapes(rows, ["groups"] if batched else ["n", "k"], rng)],
         "beyond": [_cuts(rows, "m")],
@@ -50,16 +42,7 @@ def held_out(rows: pd.DataFrame, device: Device, rng: np.random.Generator, limit
         if parts:
             found = pd.concat(parts, ignore_index=True).assign(family=family, experiment=experiment)
             frames.append(found.sample(min(limit, len(found)), random_state=rng))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _points(rows: pd.DataFrame, rng: np.random.Generator, limit: int) -> Folds:
-    order = rng.permutation(len(rows))[:limit]
-    fold = max(1, int(FOLD * len(rows)))
-    for start in range(0, len(order), fold):
-        test = np.zeros(len(rows), dtype=bool)
-        test[order[start : start + fold]] = True
-        yield ~test, test
+    return joined(frames, detail)
 
 
 def _shapes(rows: pd.DataFrame, columns: list[str], rng: np.random.Generator) -> Folds:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from hwmodels.hardware import Device
+from hwmodels.kernels.holdout import joined
 from hwmodels.kernels.moe import MoeTimes
 from hwmodels.kernels.moe_guide import SHAPE
 
@@ -44,7 +45,7 @@ def held_out(rows: pd.DataFrame, device: Device, rng: np.random.Generator, limit
         leave_out("point", picked, np.isin(np.arange(len(best)), picked))
     for experiment, columns, count in (("shape", list(SHAPE), SHAPES), ("model", list(SHAPE[:4]), MODELS)):
         group = best.groupby(columns).ngroup().to_numpy()
-        for g in rng.permutation(group.max() + 1)[:count]:
+        for g in rng.permutation(np.unique(group))[:count]:
             gone = group == g
             members = np.flatnonzero(gone)
             leave_out(experiment, rng.permutation(members)[: max(1, limit // count)], gone)
@@ -53,7 +54,7 @@ def held_out(rows: pd.DataFrame, device: Device, rng: np.random.Generator, limit
     fewest = best.groupby(curve)["tokens"].transform("min").to_numpy(float)
     for gone in (tokens > most / 4, tokens < fewest * 4):
         leave_out("beyond", rng.permutation(np.flatnonzero(gone))[: limit // 2], gone)
-    return pd.concat(found, ignore_index=True)
+    return joined(found, ["distribution", "tokens"])
 
 
 def _predicted(times: MoeTimes, rows: pd.DataFrame) -> pd.DataFrame:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import pyarrow.parquet as pq
 from hwmodels.errors import MeasurementError
 from hwmodels.hardware import Device
 from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS
+from hwmodels.wholefile import whole_file
 
 #: Columns every table has beside the shape of its family.
 #:   dtype      of the weights as in hwmodels.mapping.WEIGHT_FORMATS (gemm, batched_gemm, moe), of the arithmetic
@@ -282,22 +281,11 @@ def write_table(frame: pd.DataFrame, name: str, path: Path) -> None:
     Raises MeasurementError where it breaks the schema or the folder cannot be written.
     """
     table = pa.Table.from_pandas(checked(frame, name, str(path)), preserve_index=False)
-    unfinished: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        unfinished = Path(temporary)
-        pq.write_table(table, unfinished, compression="zstd")
-        # A temporary file is private (0600); the table gets what open() would have given it.
-        mask = os.umask(0)
-        os.umask(mask)
-        unfinished.chmod(0o666 & ~mask)
-        unfinished.replace(path)
+        with whole_file(path) as unfinished:
+            pq.write_table(table, unfinished, compression="zstd")
     except OSError as error:
         raise MeasurementError(
             f"{path}: cannot be written ({error.strerror or error}); choose a folder that can be written"
         ) from None
-    finally:
-        if unfinished is not None:
-            unfinished.unlink(missing_ok=True)

@@ -13,8 +13,6 @@ from planner.profiling.timing import Launch
 
 #: Prepares one launch on the next operands.
 Maker = Callable[[], Launch]
-#: Families that run in this process; collectives need several (planner.profiling.collectives).
-HERE = ("gemm", "batched_gemm", "moe", "attention_prefill", "attention_decode", "elementwise", "copy")
 #: Families that are never measured, and why.
 NEVER = {
     "mla_prefill": "torch has no kernel for it that engines would use",

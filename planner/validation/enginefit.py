@@ -33,6 +33,8 @@ COEFFICIENTS = {
 SOFT = 0.1
 #: Weight of a log error in TTFT beside one in TPOT: repeated runs differ more in it.
 TTFT_WEIGHT = 0.5
+#: Fewest points to fit to.
+ENOUGH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +93,17 @@ def fit_engine(
     progress("compiling step models")
     prepared = _prepared([case for case in cases if case.plan.engine == name], cost)
     halves = np.array([half_of(item.case.labels) for item in prepared])
-    if np.sum(halves == "fitted") < 10:
-        raise MeasurementError(
-            f"engine {name}: {np.sum(halves == 'fitted')} points to fit; expected at least 10 with its name"
-        )
+    silent = np.array([may_speculate(item.case) for item in prepared])
+    mine = np.flatnonzero((halves == "fitted") & ~silent)
+    if len(mine) < ENOUGH:
+        raise MeasurementError(f"engine {name}: {len(mine)} points to fit to; expected at least {ENOUGH} of its name")
     with Workers(partial(_errors, prepared), jobs or available_cpus()) as workers:
 
         def errors(engine: Engine, indices: NDArray[np.int64]) -> NDArray[np.float64]:
             chunks = [chunk.tolist() for chunk in np.array_split(indices, max(1, len(indices) // 8)) if len(chunk)]
             return np.concatenate(workers.map([(engine, chunk) for chunk in chunks]))
 
-        silent = np.array([may_speculate(item.case) for item in prepared])
-        mine, scale = np.flatnonzero((halves == "fitted") & ~silent), np.array(list(COEFFICIENTS.values()))
+        scale = np.array(list(COEFFICIENTS.values()))
         calls = 0
 
         def residuals(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from hwmodels.efficiency import Efficiency
 from hwmodels.hardware import device_names, load_cluster, load_device
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import Mapping, Precision
-from hwmodels.operators import AttentionCore, Communication, Elementwise, Gemm, GroupedGemm
+from hwmodels.operators import AttentionCore, Communication, Elementwise, Experts, Gemm, GroupedGemm
 from hwmodels.roofline import AnalyticCost, memory_time_s, rank_groups, tile_time_s
 
 BF16 = Precision()
@@ -108,6 +108,39 @@ def test_no_attention_beats_the_peaks(queries, before, heads):
     pairs = ops.attended_pairs(q, b, None)
     op = AttentionCore("a", "prefill", q, pairs, b, heads, 1, 128, 128, False, BF16)
     assert seconds(op) >= max(float(op.flops) / PEAK, float(op.bytes) / BANDWIDTH)
+
+
+KERNELS = {
+    "product": lambda m, n: gemm(m, n, 4096),
+    "narrow product": lambda m, n: gemm(m, n, 4096, Precision("fp8", "fp8")),
+    "prefill": lambda m, n: AttentionCore(
+        "a", "prefill", np.array(float(m)), ops.attended_pairs(np.array(float(m)), np.array(float(n)), None),
+        np.array(float(n)), 8, 1, 128, 128, False, BF16,
+    ),
+    "decode": lambda m, n: AttentionCore(
+        "a", "decode", np.array(float(m)), np.array(float(m * n)), np.array(float(m * n)), 8, 1, 128, 128, False, BF16
+    ),
+    "experts": lambda m, n: Experts(
+        "e", np.array(float(m)), np.array(2.0 * m), np.array(min(2.0 * m, 8.0)), 4096, n, 8, 2, 1, 1, True, BF16
+    ),
+}  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(kernel=st.sampled_from(sorted(KERNELS)), m=sizes, n=sizes)
+def test_a_calibrated_kernel_takes_its_launch_and_its_longer_part_at_least_and_all_parts_at_most(kernel, m, n):
+    op = KERNELS[kernel](m, n)
+    parts = COST.fitted_parts_s(op)
+    compute, memory, launch = parts["compute"], parts["memory"], parts["launch"]
+    assert min(parts.values()) > 0
+    assert launch + max(compute, memory) <= seconds(op) * (1 + 1e-9)
+    assert seconds(op) <= (launch + compute + memory) * (1 + 1e-9)
+
+
+def test_what_was_not_calibrated_has_no_fitted_parts():
+    bare = AnalyticCost(replace(COST.cluster, device=replace(H100, efficiency=Efficiency())), Mapping(tp=8))
+    assert bare.fitted_parts_s(gemm(64)) is None
+    assert COST.fitted_parts_s(Elementwise("norm", np.array(1e6))) is None
 
 
 @settings(max_examples=200, deadline=None)

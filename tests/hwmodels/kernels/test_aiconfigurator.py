@@ -122,7 +122,9 @@ def test_expert_exchange_is_in_microseconds(whole):
     assert rows.loc[("nvlink_sms16", "combine"), ["gpus", "nodes"]].tolist() == [8, 1]
 
 
-@pytest.mark.parametrize(("system", "device", "gpus"), [("gb200", "gb200", 8), ("gb300", "gb300", 8), ("b200_sxm", "b200-sxm", 16)])
+@pytest.mark.parametrize(
+    ("system", "device", "gpus"), [("gb200", "gb200", 8), ("gb300", "gb300", 8), ("b200_sxm", "b200-sxm", 16)]
+)
 def test_nodes_of_grace_blackwell_racks_have_four_gpus(tmp_path, system, device, gpus):
     store(tmp_path, "comm", "wideep_deepep_ll", LOW, system=system)
     wheel = store(tmp_path, "comm", "wideep_deepep_normal", NORMAL, system=system)

@@ -329,6 +329,14 @@ def test_left_out_rows_are_predicted_without_them(family: str) -> None:
     assert off.max() > 0.15
 
 
+@pytest.mark.parametrize("family", sorted(TIMES))
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_can_be_left_out_of_one_row(family: str, count: int) -> None:
+    found = held_out(table(family).iloc[:count], DEVICE, np.random.default_rng(0), family=family)
+    assert found.empty
+    assert {"family", "dtype", "experiment", "size", "seconds", "predicted_s"} <= set(found.columns)
+
+
 @pytest.fixture(scope="module")
 def wheel() -> Any:
     try:

@@ -156,6 +156,13 @@ def test_left_out_rows_do_not_reach_their_prediction():
     assert np.abs(found["predicted_s"] / found["seconds"] - 1).min() > 0
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_can_be_left_out_of_one_row(count):
+    found = exchange_holdout.held_out(made_up().iloc[:count], DEVICE, np.random.default_rng(0))
+    assert found.empty
+    assert {"family", "dtype", "experiment", "size", "seconds", "predicted_s"} <= set(found.columns)
+
+
 def test_measured_exchanges_on_h100_are_interpolated():
     try:
         importlib.metadata.distribution(DISTRIBUTION)

@@ -200,6 +200,14 @@ def test_batched_products_are_exact_on_the_table_and_between_beyond_it() -> None
     assert model.time_s("fp8", 8, 16, 512, 128) is None
 
 
+@pytest.mark.parametrize("columns", [{}, {"groups": 8}])
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_can_be_left_out_of_one_row(columns: dict[str, int], count: int) -> None:
+    found = held_out(table(0.5).iloc[:count].assign(**columns), H100, np.random.default_rng(0))
+    assert found.empty
+    assert {"family", "dtype", "experiment", "size", "seconds", "predicted_s"} <= set(found.columns)
+
+
 def test_left_out_rows_do_not_reach_their_predictions() -> None:
     rows = noisy(5)
     first = held_out(rows, H100, np.random.default_rng(0), limit=60)

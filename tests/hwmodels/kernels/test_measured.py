@@ -17,7 +17,7 @@ from hwmodels.kernels.measured import MeasuredCost
 from hwmodels.kernels.table import checked
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.operators import Elementwise, Gemm
-from hwmodels.roofline import AnalyticCost
+from hwmodels.roofline import AnalyticCost, attention_format, product_format
 from hwmodels.step_model import CostModel, compile_step_model
 
 BF16 = Precision("bf16", "bf16", "bf16")

@@ -257,6 +257,13 @@ def test_left_out_rows_do_not_reach_their_prediction():
     assert error[found["experiment"] == "point"].median() < 0.15
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_can_be_left_out_of_one_row(count):
+    found = moe_holdout.held_out(made_up().iloc[:count], DEVICE, np.random.default_rng(0))
+    assert found.empty
+    assert {"family", "dtype", "experiment", "size", "seconds", "predicted_s"} <= set(found.columns)
+
+
 def test_measured_blocks_on_h200_are_interpolated_within_targets():
     try:
         importlib.metadata.distribution(DISTRIBUTION)

@@ -62,7 +62,7 @@ def test_known_overheads_are_found_again() -> None:
 
 
 def test_too_few_points_are_refused() -> None:
-    with pytest.raises(MeasurementError, match="expected at least 10"):
+    with pytest.raises(MeasurementError, match="expected at least 8"):
         fit_engine(cases()[:4], "vllm", "calibrated", jobs=1, progress=lambda what: None)
 
 
