@@ -35,7 +35,7 @@ def cases() -> list[Case]:
     plan = Plan("llama-3.2-1b", "h100-sxm", 1, (Pool(1, max_context_tokens=4096),), "vllm")
     found = []
     for index, (prompt, output, concurrency) in enumerate(
-        (p, o, c) for p in (128, 1500) for o in (8, 60) for c in (1, 4, 16, 48) for _ in range(2)
+        (p, o, c) for p in (128, 1500) for o in (8, 60) for c in (1, 4, 16, 48) for _ in range(5)
     ):
         rng = np.random.default_rng(index)
         count = 3 * concurrency + 4
@@ -62,7 +62,7 @@ def test_known_overheads_are_found_again() -> None:
 
 
 def test_too_few_points_are_refused() -> None:
-    with pytest.raises(MeasurementError, match="expected at least 8"):
+    with pytest.raises(MeasurementError, match="expected at least 30"):
         fit_engine(cases()[:4], "vllm", "calibrated", jobs=1, progress=lambda what: None)
 
 
