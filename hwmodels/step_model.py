@@ -18,6 +18,8 @@ from hwmodels.mapping import Mapping, Precision
 from hwmodels.operators import Array, Operator
 from hwmodels.shape import Layer, ModelShape
 
+#: Share by which a piece of a table may miss what it skips, and the last row that decides where pieces end.
+STRAIGHT, DECISIVE = 3e-3, 1024.0
 #: Numbers looked up by position, one at a time.
 Numbers = Sequence[float]
 #: (new tokens, tokens already cached) of one prompt chunk.
@@ -179,16 +181,20 @@ def _dense(grid: Array, values: Array) -> Numbers:
 
 
 def _pieces(rows: Array, candidates: Array, values: Array, dense: Callable[[Array], Numbers]) -> Pieces:
-    """Affine pieces of values[row, x] over x = candidates: one piece if that is exact to 0.1 %, else all of them.
+    """Affine pieces of values[row, x] over x = candidates, as few as are exact to STRAIGHT at the candidates between.
 
-    The values are made to rise with the row and with x: a larger batch never takes less. What a row says does not
-    depend on how many rows there are, unless the last ones alone bend.
+    The values are made to rise with the row and with x: a larger batch never takes less. Rows beyond DECISIVE have no
+    say in where pieces end, so that tables of different sizes agree.
     """
     values = np.maximum.accumulate(np.maximum.accumulate(values, axis=0), axis=1)
-    share = (candidates - candidates[0]) / (candidates[-1] - candidates[0])
-    chord = values[:, :1] + share * (values[:, -1:] - values[:, :1])
-    if np.all(np.abs(chord - values) <= 1e-3 * values):
-        candidates, values = candidates[[0, -1]], values[:, [0, -1]]
+    telling = values[rows <= DECISIVE]
+    ends, start = [0], 0
+    for end in range(1, len(candidates)):
+        last = end == len(candidates) - 1
+        if last or not _straight(candidates[start : end + 2], telling[:, start : end + 2]):
+            ends.append(end)
+            start = end
+    candidates, values = candidates[ends], values[:, ends]
     slope = np.diff(values, axis=1) / np.diff(candidates)
     base = values[:, :-1] - slope * candidates[:-1]
     columns = range(slope.shape[1])
@@ -197,6 +203,13 @@ def _pieces(rows: Array, candidates: Array, values: Array, dense: Callable[[Arra
         tuple(dense(base[:, i]) for i in columns),
         tuple(dense(slope[:, i]) for i in columns),
     )
+
+
+def _straight(x: Array, values: Array) -> bool:
+    """Whether all columns lie on the line from the first to the last, but for STRAIGHT of them."""
+    share = (x - x[0]) / (x[-1] - x[0])
+    chord = values[:, :1] + share * (values[:, -1:] - values[:, :1])
+    return bool(np.all(np.abs(chord - values) <= STRAIGHT * values))
 
 
 def tabulate(

@@ -32,6 +32,8 @@ UNITS = {
     "energy": "J per output token",
     "latency": "s mean end-to-end",
 }
+#: How many times the time asked for a search goes on while no plan has kept the limits.
+PATIENCE = 3.0
 #: Plans simulated at a time: their scores to beat are those before the round, so results do not depend on `jobs`.
 ROUND, SURVEY_ROUND = 8, 4
 #: Ways of cutting whose best plan is measured in full before variants are looked at.
@@ -188,7 +190,7 @@ class Search:
             self._measure_kinds(workers, kinds[:SURVEYED])
             order = sorted(candidates, key=self._kind_score, reverse=True)
             while tasks := self._round(order):
-                if self.ranked and self.late(0.9):
+                if self.late(0.9 if self.ranked else PATIENCE):
                     break
                 self._take(workers, tasks)
             self._round_off(workers, kinds[SURVEYED:])
@@ -248,7 +250,7 @@ class Search:
         """With time left, find out what the other ways to cut the model reach, for a ranking worth the name."""
         if self.question.objective == "goodput-per-gpu":
             for some in batched(kinds, SURVEY_ROUND):
-                if self.ranked and self.late(0.9):
+                if self.late(0.9 if self.ranked else PATIENCE):
                     break
                 self._take(workers, [Task(candidate, None) for candidate in some])
 

@@ -35,7 +35,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
         "gpus": 32,
         "rate_per_s": 8.0,
         "requests": 10_000,
-        "formats": ("fp8", "fp8", "bf16"),
+        "formats": ("fp8_block", "fp8", "bf16"),
     },
     "deepseek-v3 on 32 x h100-sxm": {
         "model": "deepseek-v3",
@@ -43,7 +43,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
         "gpus": 32,
         "rate_per_s": 8.0,
         "requests": 10_000,
-        "formats": ("fp8", "fp8", "bf16"),
+        "formats": ("fp8_block", "fp8", "bf16"),
     },
 }
 WORKLOAD = "azure-conversation-2023"
@@ -117,7 +117,7 @@ def screening() -> dict[str, float]:
     start = time.perf_counter()
     for model, hardware, gpus, precision, most in (
         ("llama-3.1-70b", "h100-sxm", 16, Precision(), 8),
-        ("deepseek-v3", "h200-sxm", 32, Precision("fp8", "fp8", "bf16"), 8),
+        ("deepseek-v3", "h200-sxm", 32, Precision("fp8_block", "fp8", "bf16"), 8),
     ):
         catalogue = open_catalogue(model, hardware, gpus, "vllm")
         legal = [
