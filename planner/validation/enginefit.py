@@ -113,8 +113,7 @@ def fit_engine(
         def residuals(x: NDArray[np.float64]) -> NDArray[np.float64]:
             nonlocal calls
             calls += 1
-            found = errors(_with(start, x * scale), mine) * weights
-            found = np.nan_to_num(found).ravel()
+            found: NDArray[np.float64] = np.nan_to_num(errors(_with(start, x * scale), mine) * weights).ravel()
             progress(f"run {calls}: mean |log error| {np.mean(np.abs(found)):.4f}")
             return found
 
