@@ -40,10 +40,24 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Quotes what _PlainLoader would not read as text."""
+
+
 # YAML 1.2 floats: 1e9 and 2.5e6 are numbers too, which PyYAML's 1.1 rules read as text.
-_PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+for _side in (_PlainLoader, _PlainDumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def dumped(content: Any) -> str:
+    """The content as YAML that `plain` reads back, keys in their order.
+
+    >>> dumped({"name": "1e9", "size": 2})
+    "name: '1e9'\\nsize: 2\\n"
+    """
+    return str(yaml.dump(content, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=118))
 
 
 def plain(text: str) -> Any:

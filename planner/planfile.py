@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS
 from hwmodels.wholefile import whole_file
-from hwmodels.yamlfiles import plain, shortened
+from hwmodels.yamlfiles import dumped, plain, shortened
 from planner.errors import PlanError
 from planner.plan import Plan, Pool
 from simulator.errors import SaveError
@@ -54,7 +53,7 @@ def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write a plan as YAML; the file appears complete or, with SaveError, not at all."""
     check_plan(plan)
     target = Path(path)
-    text = yaml.safe_dump(_PLAN.dump_python(plan, mode="json"), sort_keys=False, allow_unicode=True)
+    text = dumped(_PLAN.dump_python(plan, mode="json"))
     try:
         with whole_file(target) as unfinished:
             unfinished.write_text(text, encoding="utf-8")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 #: Families of the headline error.
 KERNELS = ("gemm", "attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
 
+#: Median error above which a fit is called poor.
+POOR = 0.4
+
 
 def calibrate(
     place: Annotated[
@@ -53,11 +56,13 @@ def calibrate(
     from hwmodels.calibration import calibrate as fit
     from hwmodels.calibration import open_measured, profile_text, save_profile
     from hwmodels.errors import ProfileError
-    from ui import jsonout, rendering
+    from ui import jsonout, rendering, saving
     from ui.waiting import bar
 
     if save is not None and save.suffix not in (".yaml", ".yml"):
         raise ProfileError(f"--save {save}: expected the name of a profile that ends in .yaml")
+    if save is not None:
+        saving.require_writable(save.parent, (save.name,))
     with bar() as waiting:
         waiting.at("reading", None)
         measured = open_measured(place, hardware, like)
@@ -77,8 +82,11 @@ def calibrate(
     rendering.show_table(
         out, "By family", ["family", "timings", "median error", "p90", "engines: all together / own"], families(found)
     )
-    for own, median in together(found).items():
+    medians = together(found)
+    for own, median in medians.items():
         rendering.say(out, f"GEMM and attention together, coefficients of {own}: median error {_percent(median)}")
+    if min(medians.values(), default=0.0) > POOR:
+        rendering.say(out, "These coefficients say little: measure longer, on a machine that does nothing else.", "red")
     for reason, count in left_out.items():
         rendering.say(out, f"left out: {count:,} rows, {reason}")
     if save is not None:

@@ -57,9 +57,7 @@ def engine(
 
 def profile_text(fit: EngineFit) -> str:
     """The engine profile as YAML, with what its coefficients rest on appended to its source."""
-    import yaml
-
-    from hwmodels.yamlfiles import PROFILES, named, plain
+    from hwmodels.yamlfiles import PROFILES, dumped, named, plain
     from planner.validation.enginefit import COEFFICIENTS
 
     path = named("engine", fit.engine.name, PROFILES / "engines")
@@ -72,5 +70,4 @@ def profile_text(fit: EngineFit) -> str:
         f"and {100 * held['tpot'][1]:.1f} % in TPOT."
     )
     content["source"] = f"{content['source'].split(' Overheads fitted by')[0].strip()} {told}"
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=118)
-    return text
+    return dumped(content)

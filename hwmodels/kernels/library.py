@@ -68,7 +68,7 @@ def open_kernels(device: Device, choice: Mapping[str, str], wheel: Wheel | None 
     if device.name not in wheel.devices():
         raise MeasurementError(
             f"measured kernels of {device.name}: expected one of {', '.join(wheel.devices())}; "
-            "plan with --cost calibrated, or profile the device with 'shardwise profile'"
+            "plan with --cost calibrated, on a hardware file that 'shardwise calibrate' fits to a profile of the device"
         )
 
     def load(kind: type[M], family: str) -> M | None:

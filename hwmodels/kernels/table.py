@@ -157,6 +157,12 @@ def family_named(name: str) -> Family:
     return FAMILIES[name]
 
 
+def _shown(value: object) -> str:
+    """A cell as people write it, text in quotes."""
+    plain = value.item() if isinstance(value, np.generic) else value
+    return repr(plain)
+
+
 def checked(frame: pd.DataFrame, name: str, where: str) -> pd.DataFrame:
     """The table in the family's column order and types.
 
@@ -188,7 +194,7 @@ def checked(frame: pd.DataFrame, name: str, where: str) -> pd.DataFrame:
             if bad.any():
                 row = int(np.argmax(bad))
                 expected = f"one of {', '.join(known)}" if known else "a name"
-                raise MeasurementError(f"{where}: row {row}: {column} = {values[row]!r}; expected {expected}")
+                raise MeasurementError(f"{where}: row {row}: {column} = {_shown(values[row])}; expected {expected}")
             continue
         numbers = pd.to_numeric(values, errors="coerce").to_numpy(float, na_value=np.nan)
         least = 0 if column in {"before", "window", "gated", "spread"} else 1
@@ -204,12 +210,12 @@ def checked(frame: pd.DataFrame, name: str, where: str) -> pd.DataFrame:
             expected = f"a whole number of at least {least}"
         if bad.any():
             row = int(np.argmax(bad))
-            raise MeasurementError(f"{where}: row {row}: {column} = {values[row]!r}; expected {expected}")
+            raise MeasurementError(f"{where}: row {row}: {column} = {_shown(values[row])}; expected {expected}")
         frame[column] = numbers.astype(float if column in {"seconds", "spread"} else np.int64)
     twice = frame.duplicated(list(family.key))
     if twice.any():
         row = int(np.argmax(twice))
-        key = {c: frame[c].iloc[row] for c in family.key}
+        key = " ".join(f"{c}={_shown(frame[c].iloc[row])}" for c in family.key)
         raise MeasurementError(f"{where}: row {row} measures {key} a second time; keep one row per key")
     return frame
 

@@ -94,7 +94,7 @@ def fit_engine(
     progress("compiling step models")
     prepared = _prepared([case for case in cases if case.plan.engine == name], cost)
     halves = np.array([half_of(item.case.labels) for item in prepared])
-    silent = np.array([may_speculate(item.case) for item in prepared])
+    silent = np.array([may_speculate(item.case) for item in prepared], dtype=bool)
     mine = np.flatnonzero((halves == "fitted") & ~silent)
     if len(mine) < ENOUGH:
         mine = np.flatnonzero(halves == "fitted")

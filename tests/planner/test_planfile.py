@@ -158,3 +158,9 @@ def test_a_plan_that_could_not_be_read_back_is_not_written(tmp_path):
     with pytest.raises(PlanError, match="tp is 0"):
         write_plan(Plan("m", "h", 8, (Pool(1, tp=0),)), tmp_path / "plan.yaml")
     assert not list(tmp_path.iterdir())
+
+
+def test_names_that_look_like_numbers_stay_names(tmp_path):
+    plan = Plan(model="0", hardware="0E0", gpus=1, pools=(Pool(1),), engine="1e9")
+    write_plan(plan, tmp_path / "plan.yaml")
+    assert read_plan(tmp_path / "plan.yaml") == plan
