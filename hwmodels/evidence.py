@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from hwmodels import operators as ops
+from hwmodels.engine import Engine
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.operators import Operator
 from hwmodels.shape import ModelShape
 from hwmodels.step_model import (
     CostModel,
     decode_operators,
+    kept,
     linear_operators,
     prefill_operators,
     shared_operators,
@@ -33,8 +35,12 @@ def reference_operators(model: ModelShape, mapping: Mapping, precision: Precisio
     return found
 
 
-def evidence(model: ModelShape, mapping: Mapping, precision: Precision, cost: CostModel) -> dict[str, float]:
+def evidence(
+    model: ModelShape, mapping: Mapping, precision: Precision, engine: Engine, cost: CostModel
+) -> dict[str, float]:
     """Shares of the reference step's device time by source of its prices, the largest first; they add up to 1.
+
+    What the engine hides in other kernels does not count.
 
     measured     interpolated between measured kernels
     extended     beyond the measured table: the analytic curve from the nearest measured kernel
@@ -44,7 +50,7 @@ def evidence(model: ModelShape, mapping: Mapping, precision: Precision, cost: Co
     seconds: dict[str, float] = {}
     for op in reference_operators(model, mapping, precision):
         for source, value in cost.sources(op).items():
-            seconds[source] = seconds.get(source, 0.0) + value
+            seconds[source] = seconds.get(source, 0.0) + value * kept(op, engine)
     total = sum(seconds.values())
     ranked = sorted(seconds.items(), key=lambda item: -item[1])
     return {source: value / total for source, value in ranked if value > 0}

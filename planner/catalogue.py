@@ -129,7 +129,7 @@ class Catalogue:
     def evidence(self, pool: Pool) -> dict[str, float]:
         """Shares of a step's device time by what its prices rest on; see hwmodels.evidence."""
         mapping = mapping_of(pool)
-        return evidence(self.model, mapping, precision_of(pool), self.prices(mapping))
+        return evidence(self.model, mapping, precision_of(pool), self.engine, self.prices(mapping))
 
     def plan_evidence(self, plan: Plan) -> dict[str, float]:
         """The same of a whole plan: its pools, weighted by their devices."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -262,8 +264,13 @@ def test_host_work_is_counted_once_a_step_and_once_a_sequence(llama):
 
 
 def test_prices_say_what_they_rest_on(llama):
-    shares = evidence(llama.model, Mapping(), BF16, llama.cost)
+    shares = evidence(llama.model, Mapping(), BF16, ENGINE, llama.cost)
     assert sum(shares.values()) == pytest.approx(1)
     assert set(shares) == {"calibrated", "analytic"}  # norms and activations are not fitted
     guessed = AnalyticCost(load_cluster("a10", 1), Mapping())
-    assert evidence(llama.model, Mapping(), BF16, guessed) == {"analytic": pytest.approx(1.0)}
+    assert evidence(llama.model, Mapping(), BF16, ENGINE, guessed) == {"analytic": pytest.approx(1.0)}
+
+
+def test_what_an_engine_hides_is_no_evidence(llama):
+    fused = evidence(llama.model, Mapping(), BF16, replace(ENGINE, unfused=0.0), llama.cost)
+    assert fused.get("analytic", 0.0) < evidence(llama.model, Mapping(), BF16, ENGINE, llama.cost)["analytic"]

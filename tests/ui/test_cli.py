@@ -82,7 +82,7 @@ def test_plan_in_words(capsys):
         "Considered",
         "pruned",
         "tolerance",
-        "Step times rest on: ",
+        "Step times rest on: calibrated ",
     ):
         assert said in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 120

@@ -106,7 +106,7 @@ def test_a_step_model_of_measured_products_takes_longer_and_says_why(kernels):
         name: compile_step_model(model, Mapping(), BF16, idle_engine, cost, **limits) for name, cost in prices.items()
     }
     assert steps["measured"].step_s(0, 0, [(512, 0)]) > 1.2 * steps["analytic"].step_s(0, 0, [(512, 0)])
-    shares = evidence(model, Mapping(), BF16, prices["measured"])
+    shares = evidence(model, Mapping(), BF16, idle_engine, prices["measured"])
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["measured"] > 0.5
     found = ops.language_model_head(model, np.ones(1), 1)
