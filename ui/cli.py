@@ -22,6 +22,7 @@ from ui.profiling import profile as profile_command
 from ui.validating import app as validate_app
 from ui.validatingkernels import kernels as kernels_command
 from ui.validatingkernels import plan as plan_prices_command
+from ui.validatingrun import run_command
 
 if TYPE_CHECKING:
     from simulator.result import Result
@@ -46,6 +47,7 @@ app.command("calibrate")(calibrate_command)
 app.command("profile")(profile_command)
 validate_app.command("kernels")(kernels_command)
 validate_app.command("plan")(plan_prices_command)
+validate_app.command("run")(run_command)
 app.add_typer(validate_app)
 
 #: What typer raises for options it cannot read, wherever it keeps click.
