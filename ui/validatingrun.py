@@ -69,7 +69,7 @@ def run_command(
         str | None,
         typer.Option(help="Workload profile [default: short-questions on a CPU, else azure-conversation-2023]."),
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0.05, help="Time for measuring operators.")] = 2.0,
+    minutes: Annotated[float, typer.Option(min=0.05, help="Time for measuring operators.")] = 3.0,
     runs: Annotated[int, typer.Option(min=1, max=9, help="Real runs: two show how much they differ.")] = 2,
     settings: Annotated[
         int, typer.Option(min=0, help="Requests to try each of eight scheduler settings with; 0: none is tried.")

@@ -22,8 +22,10 @@ from planner.execute.records import Composition, Pass
 Run = Callable[[list[Composition]], list[Pass]]
 #: Times each point is measured, at least where the minutes allow, and at most.
 LEAST, MOST = 3, 7
-#: Passes asked for at once, between two looks at the clock.
-BATCH = 4
+#: Like decode passes behind every pass with prompt tokens. A step finds the less of the weights in the cache the longer
+#: the one before took: where passes came in random order, decode steps took an eighth longer than in service, where
+#: they come in runs.
+RUN = 5
 #: Steps along the list of decodes from one prompt chunk that they are mixed with to the next.
 STRIDE = 7
 #: Passes that are run first and dropped, and the share by which neighbouring sizes differ at least.
@@ -197,16 +199,34 @@ def affordable(
     known = list(seconds)
     took = np.array([seconds[step] for step in known])
     rate, _ = nnls(_features(known) / took[:, None], np.ones(len(known)))
-    left = budget_s - (LEAST - 1) * took.sum()
+    riding = RUN * float(np.mean([seconds[step] for step in known if not step.items] or [0.0]))
+    cost = np.array([time_s + riding if step.items else 0.0 for step, time_s in zip(known, took, strict=True)])
+    left = budget_s - (LEAST - 1) * cost.sum()
     found: list[Composition] = []
     for points in levels[1:]:
         estimate = _features(points) @ rate if points else np.zeros(0)
         for index in np.argsort(estimate, kind="stable"):
-            left -= LEAST * estimate[index]
+            if points[index].items:
+                left -= LEAST * (estimate[index] + riding)
             if left < 0:
                 return found
             found.append(points[index])
     return found
+
+
+def rounds(points: Sequence[Composition], rng: np.random.Generator) -> list[list[Composition]]:
+    """All points in random order, as steps come in service: behind every prompt chunk a run of like decode steps.
+
+    Decode-only points come as often as there is room for them, but at least in one run.
+    """
+    prompts = [point for point in points if point.items]
+    decodes = [point for point in points if not point.items]
+    prompts = [prompts[index] for index in rng.permutation(len(prompts))]
+    if not decodes:
+        return [[point] for point in prompts]
+    often = max(len(prompts), len(decodes))
+    order = [decodes[index] for _ in range(-(-often // len(decodes))) for index in rng.permutation(len(decodes))]
+    return [prompts[i : i + 1] + [order[i]] * RUN for i in range(often)]
 
 
 def profile(
@@ -224,8 +244,8 @@ def profile(
     minutes    for all of it, warm-up included
     progress   called with the share of the time that is over, at most 1
 
-    Every round is in an order of its own, so that a machine that drifts does so for all sizes alike. Each point is
-    measured MOST times at most. Raises MeasurementError if there is nothing to measure.
+    Every round is in an order of its own, so that a machine that drifts does so for all sizes alike. There are MOST
+    rounds at most. Raises MeasurementError if there is nothing to measure.
     """
     coarse = list(levels[0]) if levels else []
     if not coarse:
@@ -238,19 +258,19 @@ def profile(
         return clock() - begin >= budget_s
 
     def measure(points: list[Composition], whole: bool) -> dict[Composition, float]:
-        """One round in random order, until the time is over unless `whole`; seconds of a pass, shared in a batch."""
-        took: dict[Composition, float] = {}
-        order = [points[index] for index in rng.permutation(len(points))]
-        for start in range(0, len(order), BATCH):
+        """One round, until the time is over unless `whole`; seconds of a pass with what goes on around it."""
+        took: dict[Composition, list[float]] = defaultdict(list)
+        for steps in rounds(points, rng):
             if over() and not whole:
                 break
-            batch, started = order[start : start + BATCH], clock()
-            made = run(batch)
+            started = clock()
+            made = run(steps)
             passes.extend(made)
-            inside = {step: max((p.total_s for p in made if p.composition == step), default=0.0) for step in batch}
-            outside = max(clock() - started - sum(inside.values()), 0.0) / len(batch)
-            took.update((step, inside[step] + outside) for step in batch)
-        return took
+            inside = [max((p.total_s for p in made if p.composition == step), default=0.0) for step in steps]
+            outside = max(clock() - started - sum(inside), 0.0) / len(steps)
+            for step, time_s in zip(steps, inside, strict=True):
+                took[step].append(time_s + outside)
+        return {step: float(np.mean(several)) for step, several in took.items()}
 
     run(sorted(coarse, key=lambda step: step.tokens)[:WARM_UP])
     seconds = measure(coarse, whole=True)

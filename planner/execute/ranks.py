@@ -17,8 +17,8 @@ from planner.profiling.machine import TORCH_DTYPES, open_torch
 torch: Any = open_torch()
 #: Most requests one message announces; more go with the next step.
 MOST_NEW = 62
-#: What a message says instead of a lane when there is nothing more to come.
-STOP = -1
+#: What a message says instead of a lane: nothing more comes, or nothing has come yet.
+STOP, IDLE = -1, -2
 #: How long a rank waits for another.
 PATIENCE = timedelta(hours=6)
 

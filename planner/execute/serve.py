@@ -18,7 +18,7 @@ from planner.execute.clock import Clock
 from planner.execute.kvcache import BlockTables
 from planner.execute.lane import Lane
 from planner.execute.laps import Laps
-from planner.execute.ranks import MOST_NEW, STOP, Expected, Peers
+from planner.execute.ranks import IDLE, MOST_NEW, STOP, Expected, Peers
 from planner.execute.records import Job
 from planner.execute.transformer import Transformer
 from simulator.log import Log
@@ -88,6 +88,9 @@ def follow(job: Job, stage: Transformer, peers: Peers, order: Order, laps: Laps)
     last = stage.share.last
     while True:
         number, requests = peers.hear()
+        if number == IDLE:
+            stage.stay_warm()
+            continue
         if number in flying:  # a shard of the first of several stages: the lane's last step has come back
             lanes[number].advance(flying.pop(number).wait())
         if number == STOP:
@@ -159,6 +162,12 @@ class Leader:
             else:
                 self.log.rejected.append(request)
 
+    def _idle(self) -> None:
+        """Nothing to do: have all ranks keep their weights at hand."""
+        if self.peers.count > 1:
+            self.peers.announce(IDLE, [])
+        self.stage.stay_warm()
+
     def _announce(self, number: int) -> None:
         """Tell the other ranks which lane steps next, and what it was offered since its last step."""
         if self.peers.count > 1:
@@ -174,7 +183,7 @@ class Leader:
             if not lane.scheduler.has_work:
                 if self._upcoming_s == inf:
                     return
-                clock.wait_until(self._upcoming_s)
+                clock.wait_until(self._upcoming_s, self._idle)
                 now = clock.now()
                 continue
             start = now
@@ -214,7 +223,7 @@ class Leader:
                 elif self._upcoming_s == inf:
                     return
                 else:
-                    clock.wait_until(self._upcoming_s)
+                    clock.wait_until(self._upcoming_s, self._idle)
                 continue
             number = min(able, key=lambda n: ready[n])
             lane, start = lanes[number], now

@@ -31,6 +31,8 @@ Reduce = Callable[[Tensor], None]
 Gather = Callable[[Tensor], Tensor]
 
 EPSILON, ROPE_BASE = 1e-6, 10000.0
+#: Smallest pages of memory, and how much of it one call of `stay_warm` touches: a millisecond's worth.
+PAGE_BYTES, WARM_BYTES = 4096, 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,11 @@ class AttentionBlock:
         self.k_norm: Tensor = weights.ones(dim) if shape.qk_norm else None
         self.cache: Tensor = None
 
+    @property
+    def matrices(self) -> list[Tensor]:
+        """What takes memory."""
+        return [self.qkv, self.out, self.cache]
+
     def forward(self, x: Tensor, inputs: Inputs, share: Share, laps: Laps) -> Tensor:
         """What the block adds to the residual stream."""
         normed = rms_norm(x, self.norm)
@@ -191,6 +198,11 @@ class DenseBlock:
         tp, shard = share.mapping.tp, share.shard
         self.two = TwoMatrices(shape, shape.intermediate, hidden, tp, shard, weights, name)
 
+    @property
+    def matrices(self) -> list[Tensor]:
+        """What takes memory."""
+        return [self.two.up, self.two.down]
+
     def forward(self, x: Tensor, share: Share, laps: Laps) -> Tensor:
         """What the block adds to the residual stream."""
         normed = rms_norm(x, self.norm)
@@ -227,6 +239,12 @@ class ExpertBlock:
         if shape.shared_intermediate:
             self.shared = TwoMatrices(shape, shape.shared_intermediate, hidden, mapping.tp, shard, weights, name + 10)
         self.gate = weights.normal(name + 20, 1, hidden) if shape.shared_gate else None
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """What takes memory."""
+        parts = self.experts if self.shared is None else [*self.experts, self.shared]
+        return [self.router, *(matrix for part in parts for matrix in (part.up, part.down))]
 
     def forward(self, x: Tensor, share: Share, laps: Laps) -> Tensor:
         """What the block adds to the residual stream."""
@@ -345,6 +363,13 @@ class Transformer:
             self.norm = weights.ones(hidden) * (hidden**-0.5 if tied else 1.0)
             self.head = self.embedding if tied else cut(weights.normal(2, model.vocab, hidden), tp, shard, 0)
         self._rope(min(model.max_context_tokens, kv_blocks * block_tokens))
+        kept = [tensor for pair in self.layers for block in pair for tensor in block.matrices]
+        kept += [tensor for tensor in (self.embedding, self.head) if tensor is not None]
+        each = PAGE_BYTES // self.dtype.itemsize
+        self._pages = [
+            piece[::each] for tensor in kept for piece in tensor.flatten().split(WARM_BYTES // PAGE_BYTES * each)
+        ]
+        self._warm = 0
 
     def _layer(self, layer: Layer, weights: Weights, name: int) -> tuple[AttentionBlock, DenseBlock | ExpertBlock]:
         hidden, block = self.model.hidden, ExpertBlock if layer.feed_forward.experts else DenseBlock
@@ -360,6 +385,16 @@ class Transformer:
         at = torch.arange(tokens, dtype=torch.float32, device=self.device)
         angles = at[:, None] * ROPE_BASE ** (-torch.arange(0, dim, 2, device=self.device) / dim)
         self.cos, self.sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def stay_warm(self) -> None:
+        """Touch every page of some of the weights, the next ones each time; nothing on a device.
+
+        A processor forgets where memory is that is not used for a while, most of all a virtual one: the first step
+        after a pause took several times as long. Engines under load have no such pauses; this one then has none either.
+        """
+        if self.device == "cpu":
+            self._warm = (self._warm + 1) % len(self._pages)
+            self._pages[self._warm].sum()
 
     def inputs(self, batch: Batch) -> Inputs:
         """The step as tensors of this device; raises PlanError for tokens beyond the model's context or the cache."""
