@@ -84,8 +84,8 @@ def report_object(report: RunReport) -> dict[str, Any]:
     believe           a few sentences on what to believe
     targets           list of {name, figure, sense, limit, met}
     profile           {wall_s, passes, held_out {kind: step errors}} or null
-    runs              list of {finished, steps {kind: step errors}, requests {metric: request errors}, unexplained
-                      {kinds, sizes, first_third, last_third, persistence, jitter, between}, e2e_parts {n, error, steps,
+    runs              list of {finished, drift [before, after], at_speed {metric: request errors}, steps {kind: step
+                      errors}, requests {metric: request errors}, unexplained {kinds, sizes, first_third, last_third, persistence, jitter, between}, e2e_parts {n, error, steps,
                       gaps, rest}}
     apart             list of {runs: [earlier, later], requests {metric: request errors of the later}}
     ranking           {objective, spearman, regret, at_random, settings, predicted_order, measured_order} or null
@@ -107,13 +107,20 @@ def report_object(report: RunReport) -> dict[str, Any]:
         "runs": [
             {
                 "finished": run.finished,
+                "drift": list(run.drift),
+                "at_speed": _table(at_speed),
                 "steps": _table(steps),
                 "requests": _table(requests),
                 "unexplained": asdict(left),
                 "e2e_parts": asdict(parts),
             }
-            for run, steps, requests, (left, parts) in zip(
-                comparison.runs, comparison.steps, comparison.requests, report.remainders, strict=True
+            for run, steps, requests, at_speed, (left, parts) in zip(
+                comparison.runs,
+                comparison.steps,
+                comparison.requests,
+                comparison.at_speed,
+                report.remainders,
+                strict=True,
             )
         ],
         "apart": [
@@ -163,6 +170,8 @@ def show_report(out: Console, report: RunReport) -> None:
         say(out, f"Partial: {report.partial}", "bold red")
     show_table(out, f"Targets ({runtables.met_words(report)})", runtables.TARGET_COLUMNS, runtables.target_rows(report))
     show_table(out, "Requests", runtables.REQUEST_COLUMNS, runtables.request_rows(report), words=2)
+    for line in runtables.drift_words(report):
+        say(out, line)
     show_table(out, "Latencies", runtables.SPREAD_COLUMNS, runtables.spread_rows(report), words=2)
     steps = runtables.step_rows(report)
     if steps:  # those of a pipeline overlap, and are not predicted one by one

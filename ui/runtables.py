@@ -59,6 +59,7 @@ def request_rows(report: RunReport) -> list[list[str]]:
     """One line per latency and run, then what runs differ by."""
     comparison = report.comparison
     compared = {f"predicted : run {i}": found for i, found in enumerate(comparison.requests, 1)}
+    compared |= {f"at its speed : run {i}": found for i, found in enumerate(comparison.at_speed, 1) if found}
     compared |= {f"run {j + 1} : run {i + 1}": found for (i, j), found in comparison.apart.items()}
     rows = []
     for metric in LATENCIES:
@@ -110,6 +111,19 @@ def part_rows(left: Unexplained) -> list[list[str]]:
         [name, f"{part.n:,}", percent(part.share), signed(part.of_total), signed(part.median_bias)]
         for name, part in named.items()
     ]
+
+
+def drift_words(report: RunReport) -> list[str]:
+    """How the machine's speed changed, run by run; nothing where that was not measured."""
+    lines = []
+    for position, run in enumerate(report.comparison.runs, 1):
+        if np.isfinite(run.drift).all():
+            before, after = (signed(share) for share in run.drift)
+            lines.append(
+                f"The same passes took {before} longer just before run {position} than when profiled, and {after} just "
+                "after: 'at its speed' is the prediction with all steps longer by the mean of both."
+            )
+    return lines
 
 
 def left_words(left: Unexplained, parts: E2eParts) -> list[str]:

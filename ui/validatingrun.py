@@ -234,8 +234,8 @@ def executed(
 
     found = Executed()
     for number in range(1, runs + 1):
-        execution, _, served = loop.execute(
-            workers, question, learned.model, machine, seed, waiting.at, f"run {number} of {runs}"
+        execution, served = loop.execute(
+            workers, question, learned, machine, seed, waiting.at, f"run {number} of {runs}"
         )
         found.runs.append(execution)
         found.broken = served.broken
@@ -264,8 +264,8 @@ def choose(
         predictions[name] = float(loop.predict(changed, learned.model, machine, seed).requests["e2e_s"].mean())
     ranked = []
     for name, config in tried.items():
-        execution, _, served = loop.execute(
-            workers, replace(question, config=config), learned.model, machine, seed, waiting.at, name
+        execution, served = loop.execute(
+            workers, replace(question, config=config), learned, machine, seed, waiting.at, name
         )
         if served.broken:
             found.broken = served.broken

@@ -175,11 +175,15 @@ class Execution:
     requests           as simulator.result.request_frame; NaN where a run that broke off left something open
     steps              columns planner.execute.records.EXECUTED_COLUMNS
     predicted_step_s   of every one of these steps, see predict_steps
+    drift              how much longer the same passes took just before and after the run than when they were profiled
+    at_speed           the requests as they are predicted with all steps that much longer, the mean of both
     """
 
     requests: pd.DataFrame
     steps: pd.DataFrame
     predicted_step_s: Floats
+    drift: tuple[float, float] = (float("nan"), float("nan"))
+    at_speed: pd.DataFrame | None = None
 
     @property
     def finished(self) -> int:
@@ -196,6 +200,7 @@ class Comparison:
     steps       by run: errors of its steps by kind
     requests    by run: errors of the prediction by latency
     apart       by pair of runs, the earlier taken for the measurement: what they differ by
+    at_speed    by run: errors of the prediction at the speed the machine had then; empty where that is not known
     """
 
     predicted: pd.DataFrame
@@ -203,6 +208,7 @@ class Comparison:
     steps: tuple[dict[str, StepErrors], ...]
     requests: tuple[dict[str, RequestErrors], ...]
     apart: dict[tuple[int, int], dict[str, RequestErrors]]
+    at_speed: tuple[dict[str, RequestErrors], ...] = ()
 
     @classmethod
     def of(cls, predicted: pd.DataFrame, runs: Sequence[Execution]) -> Comparison:
@@ -215,6 +221,7 @@ class Comparison:
             apart={
                 (i, j): request_errors(runs[j].requests, runs[i].requests) for i, j in combinations(range(len(runs)), 2)
             },
+            at_speed=tuple({} if run.at_speed is None else request_errors(run.at_speed, run.requests) for run in runs),
         )
 
     def error(self, metric: str) -> float:

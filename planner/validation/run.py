@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from hwmodels.mapping import Precision
 from hwmodels.memory import GIB, activation_elements, replica_sizes
 from hwmodels.step_model import StepModel, compile_step_model
 from planner.errors import PlanError
-from planner.execute.insitu import cost_rows, grid, held_out, profile
+from planner.execute.insitu import cost_rows, grid, held_out, profile, rounds
 from planner.execute.records import Composition, Job, Pass, Served
 from planner.execute.workers import Workers
 from planner.profiling.machine import Machine
@@ -35,6 +36,10 @@ Progress = Callable[[str, float | None], None]
 PASSES = 0.8
 #: Steps made up to be predicted, and requests of the burst.
 HELD_OUT, BURST = 24, 24
+#: Steps of each kind, with prompt chunks and without, that tell the machine's speed.
+PROBES = 4
+#: Least time for them, on either side of a run.
+PROBING_S = 3.0
 #: Load of --rate auto: of the rate at which the simulator finishes requests that all wait from the beginning.
 AUTO_LOAD = 0.7
 #: Share of free memory that weights and cache may take.
@@ -68,6 +73,7 @@ class Learned:
     passes     passes they were made of
     held_out   errors of made-up steps that the rows have not seen, each the median of its repeats, by kind
     tested     the same steps one by one: kind, predicted_s, measured_s
+    probes     a few passes to tell the machine's speed by, and the seconds they took
     """
 
     model: StepModel
@@ -76,6 +82,7 @@ class Learned:
     passes: int
     held_out: Mapping[str, StepErrors]
     tested: pd.DataFrame
+    probes: Mapping[Composition, float]
 
 
 def sized(question: Question, machine: Machine) -> Question:
@@ -138,12 +145,53 @@ def learn(
     progress("serving a burst", PASSES)
     engine = engine_of(f"this engine on {job.device}", _overheads(workers, question, passes))
     step_model = compile_step_model(
-        model, job.mapping, question.precision, engine, cost,
-        max_tokens=budget, max_seqs=seqs,
-    )  # fmt: skip
+        model, job.mapping, question.precision, engine, cost, max_tokens=budget, max_seqs=seqs
+    )
     tested = _tested(step_model, [one for one in every if one.composition in unseen])
     errors = errors_by_kind(tested["kind"], tested["predicted_s"], tested["measured_s"])
-    return Learned(step_model, rows, engine, len(passes), errors, tested)
+    return Learned(step_model, rows, engine, len(passes), errors, tested, _probes(passes))
+
+
+def at_speed(question: Question, learned: Learned, slower: float) -> StepModel:
+    """The step model with everything longer by the share `slower`."""
+    job, model, factor = question.job, learned.model, 1.0 + slower
+    engine = learned.engine
+    host = engine.step_overhead_s, engine.sequence_overhead_s, engine.prompt_overhead_s
+    step_s, sequence_s, prompt_s = (seconds * factor for seconds in host)
+    return compile_step_model(
+        job.model, job.mapping, question.precision, engine_of(engine.name, (step_s, sequence_s, prompt_s)),
+        InSituCost(learned.rows.assign(seconds=learned.rows["seconds"] * factor)),
+        max_tokens=model.max_tokens, max_seqs=model.max_seqs,
+    )  # fmt: skip
+
+
+def _probes(passes: Sequence[Pass]) -> dict[Composition, float]:
+    """Of the measured steps a few small, middling and larger ones of both kinds, with their median seconds."""
+    taken: dict[Composition, list[float]] = defaultdict(list)
+    for one in passes:
+        if one.replica == one.stage == one.shard == 0:
+            taken[one.composition].append(one.forward_s)
+    chosen: list[Composition] = []
+    for several in ([s for s in taken if not s.items], [s for s in taken if s.items]):
+        ordered = sorted(several, key=lambda step: (float(np.median(taken[step])), repr(step)))
+        chosen += [ordered[len(ordered) * part // PROBES] for part in range(PROBES)] if ordered else []
+    return {step: float(np.median(taken[step])) for step in dict.fromkeys(chosen)}
+
+
+def drift(workers: Workers, learned: Learned, rng: np.random.Generator) -> float:
+    """How much longer the same passes take now than when they were profiled, as a share: the median over the steps.
+
+    The first round is for the machine to get going.
+    """
+    taken: dict[Composition, list[float]] = defaultdict(list)
+    started, begun = time.monotonic(), 0
+    while begun < 2 or time.monotonic() - started < PROBING_S:
+        begun += 1
+        for steps in rounds(list(learned.probes), rng):
+            for one in workers.run_passes(steps):
+                if begun > 1 and one.replica == one.stage == one.shard == 0:
+                    taken[one.composition].append(one.forward_s)
+    return float(np.median([np.median(seconds) / learned.probes[step] for step, seconds in taken.items()])) - 1.0
 
 
 def _transfers(workers: Workers, question: Question, passes: Sequence[Pass]) -> pd.DataFrame:
@@ -227,16 +275,24 @@ def automatic_rate(question: Question, model: StepModel, machine: Machine, seed:
 
 
 def execute(
-    workers: Workers, question: Question, model: StepModel, machine: Machine, seed: int, progress: Progress, what: str
-) -> tuple[Execution, Result, Served]:
-    """The whole run, for real, in the same words as the simulator's."""
+    workers: Workers, question: Question, learned: Learned, machine: Machine, seed: int, progress: Progress, what: str
+) -> tuple[Execution, Served]:
+    """The whole run, for real, in the same words as the simulator's, and how fast the machine was before and after."""
     count = len(question.requests)
+    rng = np.random.default_rng(seed)
+    before = drift(workers, learned, rng)
     served = workers.serve(
         question.requests, question.config,
         progress=lambda finished: progress(f"{what}: {finished:,} of {count:,} requests", finished / count),
     )  # fmt: skip
-    result = collect(deployment(question, model, machine), Workload(question.requests), served.log, seed)
-    return Execution(result.requests, served.steps, predict_steps(model, served.steps)), result, served
+    result = collect(deployment(question, learned.model, machine), Workload(question.requests), served.log, seed)
+    execution = Execution(result.requests, served.steps, predict_steps(learned.model, served.steps))
+    if served.broken:
+        return execution, served
+    after = drift(workers, learned, rng)
+    slower = at_speed(question, learned, (before + after) / 2)
+    expected = predict(question, slower, machine, seed).requests
+    return replace(execution, drift=(before, after), at_speed=expected), served
 
 
 def settings(question: Question) -> dict[str, SchedulerConfig]:

@@ -142,7 +142,8 @@ def test_an_interrupted_run_leaves_a_report_that_says_so(model, tmp_path):
     folder = tmp_path / "out"
     command = [
         sys.executable, "-c", "import sys; from ui.cli import main; sys.exit(main(sys.argv[1:]))", "validate", "run",
-        "--model", model, "--requests", "60", "--rate", "2", "--minutes", "0.05", "--threads", "1", "--save", str(folder),
+        "--model", model, "--requests", "60", "--rate", "2", "--minutes", "0.05", "--threads", "1",
+        "--save", str(folder),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     ends = time.monotonic() + 120

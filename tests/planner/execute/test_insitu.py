@@ -27,6 +27,7 @@ from hwmodels.step_model import (
 from planner.execute.insitu import (
     LEAST,
     MOST,
+    RUN,
     WARM_UP,
     affordable,
     cost_rows,
@@ -34,6 +35,7 @@ from planner.execute.insitu import (
     grid,
     held_out,
     profile,
+    rounds,
     sizes,
     spread,
     typical,
@@ -216,45 +218,57 @@ class TestBudget:
 
     def test_the_coarse_round_is_made_whatever_it_takes(self):
         _, passes = self.measured(0.0)
-        assert Counter(p.composition for p in passes) == Counter(self.LEVELS[0])
-
-    @pytest.mark.parametrize("minutes", [0.5, 1.0, 2.0])
-    def test_the_time_is_kept_to_a_batch(self, minutes):
-        machine, _ = self.measured(minutes)
-        longest = 4 * (0.05 + 0.01 * LIMITS["token_budget"])
-        assert machine.now - 100.0 <= 60.0 * minutes + longest
+        counts = Counter(p.composition for p in passes)
+        assert set(counts) == set(self.LEVELS[0])
+        assert {step: 1 for step in self.LEVELS[0] if step.items} == {s: n for s, n in counts.items() if s.items}
+        assert min(counts[step] for step in self.LEVELS[0] if not step.items) >= RUN
 
     @pytest.mark.parametrize("minutes", [1.0, 2.0, 4.0])
+    def test_the_time_is_kept_to_a_batch(self, minutes):
+        machine, _ = self.measured(minutes)
+        longest = (1 + RUN) * (0.05 + 0.01 * LIMITS["token_budget"])
+        assert machine.now - 100.0 <= 60.0 * minutes + longest
+
+    @pytest.mark.parametrize("minutes", [2.0, 4.0, 8.0])
     def test_points_that_are_measured_are_repeated(self, minutes):
         _, passes = self.measured(minutes)
         counts = Counter(p.composition for p in passes)
         assert set(self.LEVELS[0]) < set(counts)
         assert min(counts.values()) >= LEAST
-        assert max(counts.values()) <= MOST
+        assert max(n for step, n in counts.items() if step.items) <= MOST
 
     def test_more_time_measures_more_points_and_then_ends(self):
-        some, more, everything = ({p.composition for p in self.measured(m)[1]} for m in (0.4, 0.8, 100.0))
+        some, more, everything = ({p.composition for p in self.measured(m)[1]} for m in (1.0, 2.0, 100.0))
         assert some < more < everything == {step for level in self.LEVELS for step in level}
         machine, passes = self.measured(100.0)
-        assert set(Counter(p.composition for p in passes).values()) == {MOST}
+        assert {n for step, n in Counter(p.composition for p in passes).items() if step.items} == {MOST}
         assert machine.now - 100.0 < 100 * 60.0
 
     def test_warm_up_is_dropped_and_every_round_has_its_own_order(self):
         machine, passes = self.measured(100.0)
         assert len(machine.asked) == len(passes) + WARM_UP
-        orders = [
-            tuple(p.composition for p in passes[start : start + len(passes) // MOST])
-            for start in (0, len(passes) // MOST)
-        ]
-        assert orders[0] != orders[1]
+        prompts = [p.composition for p in passes if p.composition.items]
+        each = len(prompts) // MOST
+        assert sorted(prompts[-2 * each : -each], key=repr) == sorted(prompts[-each:], key=repr)
+        assert prompts[-2 * each : -each] != prompts[-each:]
+
+    def test_decode_steps_come_in_runs_behind_prompts_as_in_service(self):
+        for steps in rounds(self.LEVELS[0], np.random.default_rng(1)):
+            prompts = [step for step in steps if step.items]
+            decodes = [step for step in steps if not step.items]
+            assert len(prompts) <= 1 and steps[: len(prompts)] == prompts
+            assert decodes == decodes[:1] * RUN
 
     def test_the_quick_points_of_a_level_come_first(self):
         took = {step: 0.05 + 0.01 * step.tokens for step in self.LEVELS[0]}
-        chosen = affordable(self.LEVELS, took, 1.0 + (LEAST - 1) * sum(took.values()))
-        assert chosen
+        riding = RUN * float(np.mean([s for step, s in took.items() if not step.items]))
+        known = sum(s + riding for step, s in took.items() if step.items)
+        chosen = affordable(self.LEVELS, took, LEAST * 4 * riding + (LEAST - 1) * known)
+        prompts = [step for step in chosen if step.items]
+        assert prompts
         assert set(chosen) < set(self.LEVELS[1])
-        left = [step.tokens for step in self.LEVELS[1] if step not in chosen]
-        assert max(step.tokens for step in chosen) <= min(left)
+        left = [step.tokens for step in self.LEVELS[1] if step.items and step not in chosen]
+        assert max(step.tokens for step in prompts) <= min(left)
 
     def test_progress_ends_at_the_whole(self):
         machine, shares = Machine(), []
