@@ -60,6 +60,7 @@ shardwise validate kernels    asked, measured {family: rows}, software, groups: 
                       experiment, whole {n, median, p90, bias}, classes, unpriced}, left_out {reason: rows}, wall_s
 shardwise validate plan       plan, source, engine, kernels, pools: list of {steps: operators with their analytic,
                       calibrated and measured prices and the nearest measured kernels}
+shardwise validate run        status, targets, profile, runs, apart, ranking; see ui.runreport.report_object
 shardwise validate engine     engine (the fitted profile), points {half: rows}, errors {half: {metric: [before, after]}}
 """
 

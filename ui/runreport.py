@@ -85,8 +85,8 @@ def report_object(report: RunReport) -> dict[str, Any]:
     targets           list of {name, figure, sense, limit, met}
     profile           {wall_s, passes, held_out {kind: step errors}} or null
     runs              list of {finished, drift [before, after], at_speed {metric: request errors}, steps {kind: step
-                      errors}, requests {metric: request errors}, unexplained {kinds, sizes, first_third, last_third, persistence, jitter, between}, e2e_parts {n, error, steps,
-                      gaps, rest}}
+                      errors}, requests {metric: request errors}, unexplained {kinds, sizes, first_third, last_third,
+                      persistence, jitter, between}, e2e_parts {n, error, steps, gaps, rest}}
     apart             list of {runs: [earlier, later], requests {metric: request errors of the later}}
     ranking           {objective, spearman, regret, at_random, settings, predicted_order, measured_order} or null
 

@@ -120,8 +120,8 @@ def drift_words(report: RunReport) -> list[str]:
         if np.isfinite(run.drift).all():
             before, after = (signed(share) for share in run.drift)
             lines.append(
-                f"The same passes took {before} longer just before run {position} than when profiled, and {after} just "
-                "after: 'at its speed' is the prediction with all steps longer by the mean of both."
+                f"Against profiling, the same passes took {before} of time just before run {position} and {after} just "
+                "after: 'at its speed' is the prediction with all steps changed by the mean of both."
             )
     return lines
 

@@ -234,7 +234,7 @@ def executed(
 
     found = Executed()
     for number in range(1, runs + 1):
-        execution, served = loop.execute(
+        execution, served = loop.execute_probed(
             workers, question, learned, machine, seed, waiting.at, f"run {number} of {runs}"
         )
         found.runs.append(execution)

@@ -38,8 +38,8 @@ PASSES = 0.8
 HELD_OUT, BURST = 24, 24
 #: Steps of each kind, with prompt chunks and without, that tell the machine's speed.
 PROBES = 4
-#: Least time for them, on either side of a run.
-PROBING_S = 3.0
+#: Least time for them on either side of a run, as a share of the time for profiling.
+PROBING = 0.02
 #: Load of --rate auto: of the rate at which the simulator finishes requests that all wait from the beginning.
 AUTO_LOAD = 0.7
 #: Share of free memory that weights and cache may take.
@@ -74,6 +74,7 @@ class Learned:
     held_out   errors of made-up steps that the rows have not seen, each the median of its repeats, by kind
     tested     the same steps one by one: kind, predicted_s, measured_s
     probes     a few passes to tell the machine's speed by, and the seconds they took
+    probing_s  least time for them
     """
 
     model: StepModel
@@ -83,6 +84,7 @@ class Learned:
     held_out: Mapping[str, StepErrors]
     tested: pd.DataFrame
     probes: Mapping[Composition, float]
+    probing_s: float
 
 
 def sized(question: Question, machine: Machine) -> Question:
@@ -149,7 +151,7 @@ def learn(
     )
     tested = _tested(step_model, [one for one in every if one.composition in unseen])
     errors = errors_by_kind(tested["kind"], tested["predicted_s"], tested["measured_s"])
-    return Learned(step_model, rows, engine, len(passes), errors, tested, _probes(passes))
+    return Learned(step_model, rows, engine, len(passes), errors, tested, _probes(passes), PROBING * 60.0 * minutes)
 
 
 def at_speed(question: Question, learned: Learned, slower: float) -> StepModel:
@@ -185,7 +187,7 @@ def drift(workers: Workers, learned: Learned, rng: np.random.Generator) -> float
     """
     taken: dict[Composition, list[float]] = defaultdict(list)
     started, begun = time.monotonic(), 0
-    while begun < 2 or time.monotonic() - started < PROBING_S:
+    while begun < 2 or time.monotonic() - started < learned.probing_s:
         begun += 1
         for steps in rounds(list(learned.probes), rng):
             for one in workers.run_passes(steps):
@@ -277,16 +279,23 @@ def automatic_rate(question: Question, model: StepModel, machine: Machine, seed:
 def execute(
     workers: Workers, question: Question, learned: Learned, machine: Machine, seed: int, progress: Progress, what: str
 ) -> tuple[Execution, Served]:
-    """The whole run, for real, in the same words as the simulator's, and how fast the machine was before and after."""
+    """The whole run, for real, in the same words as the simulator's."""
     count = len(question.requests)
-    rng = np.random.default_rng(seed)
-    before = drift(workers, learned, rng)
     served = workers.serve(
         question.requests, question.config,
         progress=lambda finished: progress(f"{what}: {finished:,} of {count:,} requests", finished / count),
     )  # fmt: skip
     result = collect(deployment(question, learned.model, machine), Workload(question.requests), served.log, seed)
-    execution = Execution(result.requests, served.steps, predict_steps(learned.model, served.steps))
+    return Execution(result.requests, served.steps, predict_steps(learned.model, served.steps)), served
+
+
+def execute_probed(
+    workers: Workers, question: Question, learned: Learned, machine: Machine, seed: int, progress: Progress, what: str
+) -> tuple[Execution, Served]:
+    """The same, with how fast the machine was before and after, and what the simulator predicts at that speed."""
+    rng = np.random.default_rng(seed)
+    before = drift(workers, learned, rng)
+    execution, served = execute(workers, question, learned, machine, seed, progress, what)
     if served.broken:
         return execution, served
     after = drift(workers, learned, rng)
