@@ -370,7 +370,7 @@ def _composed(job: Job, made: Composition) -> Batch:
         held = -(-(before + new) // job.block_tokens)
         table = shuffled[np.arange(taken, taken + held) % blocks].tolist()
         taken += held
-        return Span([7] * new if new == 1 else list(range(new)), before, table)
+        return Span([token % job.model.vocab for token in range(new)], before, table)
 
     decodes = [span(1, context - 1) for context in made.contexts]
     chunks = [span(new, before) for new, before in made.items]

@@ -44,7 +44,7 @@ def test_the_cache_holds_the_longest_requests_that_may_run():
 
 
 def test_a_cache_that_memory_does_not_allow_is_smaller():
-    free = 3 * 10**6
+    free = 1_600_000
     blocks = sized(question(), Fake(free)).job.kv_blocks
     assert 5 <= blocks < 40
     assert MODEL.kv_bytes_per_token("fp32") * 16 * blocks < free
@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_told_with_what_is_missing():
 
 
 def test_replicas_share_the_memory_of_a_host():
-    free = 3 * 10**6
+    free = 1_600_000
     assert sized(question(replicas=2), Fake(2 * free)).job.kv_blocks == sized(question(), Fake(free)).job.kv_blocks
 
 
