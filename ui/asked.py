@@ -48,6 +48,7 @@ class Asked:
     max_seqs: int | None
     threads: int | None
     seed: int
+    rate_per_s: float | None = None
 
     def question(self, traffic: Traffic) -> tuple[Question, Machine]:
         """What is executed, on which machine; raises a ShardwiseError for what cannot be."""
@@ -56,7 +57,7 @@ class Asked:
             raise OptionError(f"--plan {self.plan} and --model {self.model}: expected one of them")
         machine = open_machine(self.device)
         shape = load_model(plan.model if plan is not None else self.model or MODEL)
-        mapping, replicas = self._cut(plan, machine)
+        mapping, replicas = self._cut(plan, machine, shape.is_moe)
         reason = law_broken(shape, mapping)
         if reason is not None:
             raise MappingError(f"tp={mapping.tp} pp={mapping.pp}: breaks the law that {reason} of {shape.name}")
@@ -68,8 +69,15 @@ class Asked:
         if longest > shape.max_context_tokens:
             raise OptionError(
                 f"{traffic.name}: its longest request has {longest} tokens and {shape.name} takes "
-                f"{shape.max_context_tokens}; expected shorter ones, choose another --workload"
+                f"{shape.max_context_tokens}; expected shorter ones, choose another --workload or --trace"
             )
+        if requests.span_s == 0:
+            raise OptionError(
+                f"{traffic.name}: its {len(requests)} request(s) arrive at one instant; expected two or more that "
+                "arrive apart, choose another --workload or --trace"
+            )
+        if self.rate_per_s is not None:
+            requests = requests.scaled_to_rate(self.rate_per_s)
         config = self._scheduler(plan, longest)
         threads = self._threads(replicas * mapping.gpus)
         if self.device == "cpu":
@@ -77,16 +85,34 @@ class Asked:
         job = Job(shape, mapping, replicas, self.device, self._dtype(plan), threads, 1, config.block_tokens, self.seed)
         return sized(Question(job, config, requests), machine), machine
 
-    def _cut(self, plan: Plan | None, machine: Machine) -> tuple[Mapping, int]:
+    def note(self, question: Question) -> str | None:
+        """What of the plan is executed, and what differently; None without a plan."""
+        if self.plan is None:
+            return None
+        plan, job = read_plan(self.plan), question.job
+        pool = plan.pools[0]
+        formats = {"weights": pool.weights, "activations": pool.activations, "kv": pool.kv, "experts": pool.experts}
+        changed = [
+            f"{name} {job.dtype} instead of {was}" for name, was in formats.items() if was not in (None, job.dtype)
+        ]
+        parts = [f"pool 1 of {len(plan.pools)}", f"{job.replicas} of its {pool.replicas} replica(s)", *changed]
+        return f"{self.plan}: {', '.join(parts)}"
+
+    def _cut(self, plan: Plan | None, machine: Machine, experts: bool) -> tuple[Mapping, int]:
         """How a replica is cut, and as many replicas as were typed, or as the plan has and fit."""
         devices = machine.count if self.device == "cuda" else os.cpu_count() or 1
         what = "GPUs" if self.device == "cuda" else "processor cores"
         if plan is None:
             mapping, replicas = Mapping(tp=self.tp or 1, pp=self.pp or 1), self.dp or 1
+            if experts:
+                mapping = replace(mapping, expert_tp=mapping.tp)
         else:
             pool = plan.pools[0]
             mapping = mapping_of(pool)
-            mapping = replace(mapping, tp=self.tp or mapping.tp, pp=self.pp or mapping.pp)
+            if self.tp is not None:
+                mapping = replace(mapping, tp=self.tp, ep=1, expert_tp=self.tp if experts else 1)
+            if self.pp is not None:
+                mapping = replace(mapping, pp=self.pp, stages=None)
             replicas = self.dp or max(1, min(pool.replicas, devices // mapping.gpus))
         if replicas * mapping.gpus > devices:
             raise MappingError(
@@ -120,14 +146,20 @@ class Asked:
     def _threads(self, processes: int) -> int:
         """What was typed, else as many as leave one core to the rest of the machine."""
         cores = os.cpu_count() or 1
+        if self.threads is not None and self.threads * processes > cores and self.device == "cpu":
+            raise OptionError(
+                f"--threads {self.threads}: {self.threads * processes} threads of {processes} process(es) and {cores} "
+                "processor cores here, expected at most one thread each"
+            )
         return self.threads or max(1, min((cores - 1) // processes, MOST_THREADS))
 
 
-def about(question: Question, machine: Machine, traffic: Traffic) -> dict[str, str]:
+def about(question: Question, machine: Machine, traffic: Traffic, note: str | None) -> dict[str, str]:
     """What was executed, in words."""
     job, config, requests = question.job, question.config, question.requests
     threads = f", {job.threads} thread(s) a process" if job.device == "cpu" else ""
     return {
+        **({} if note is None else {"plan": note}),
         "model": f"{job.model.name}, random weights, {job.dtype}",
         "mapping": f"tp={job.mapping.tp} pp={job.mapping.pp} dp={job.replicas}",
         "machine": f"{machine.name} ({machine.reported}), {machine.software}{threads}",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from simulator.result import Result
     from simulator.save import Writer
     from simulator.scheduler import SchedulerConfig
+    from ui.asked import Asked
     from ui.questions import Traffic
     from ui.runreport import RunReport
     from ui.waiting import Bar
@@ -60,7 +63,7 @@ def run_command(
     max_seqs: Annotated[
         int | None, typer.Option(min=1, help="Sequences of a step [default: 8 on a CPU, else 64].")
     ] = None,
-    requests: Annotated[int, typer.Option(min=2, help="Requests to serve.")] = REQUESTS,
+    requests: Annotated[int, typer.Option(min=2, max=1_000_000, help="Requests to serve.")] = REQUESTS,
     rate: Annotated[
         str, typer.Option(help="Requests per second; auto: 70 % of what the simulator finds possible.")
     ] = "auto",
@@ -69,22 +72,24 @@ def run_command(
         str | None,
         typer.Option(help="Workload profile [default: short-questions on a CPU, else azure-conversation-2023]."),
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0.05, help="Time for measuring operators.")] = 3.0,
+    minutes: Annotated[float, typer.Option(min=0.05, max=1440.0, help="Time for measuring operators.")] = 3.0,
     runs: Annotated[int, typer.Option(min=1, max=9, help="Real runs: two show how much they differ.")] = 2,
     settings: Annotated[
-        int, typer.Option(min=0, help="Requests to try each of eight scheduler settings with; 0: none is tried.")
+        int, typer.Option(min=0, help="Requests (10 or more) to try each of eight scheduler settings with; 0: none.")
     ] = 0,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="Threads of a process on a CPU [default: all cores but one, shared; 8 at most]."),
     ] = None,
     stall: Annotated[
-        float, typer.Option(min=1.0, help="Seconds without a finished step after which a run is given up.")
+        float, typer.Option(min=1.0, max=86400.0, help="Seconds without a word after which a run is given up.")
     ] = 120.0,
     save: Annotated[Path, typer.Option(help="Folder for the prediction and the report.", metavar="DIR")] = Path(
         "validated-run"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Of requests, weights and the order of measurements.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31, help="Of requests, weights and the order of measurements.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Execute a model on this machine with real arrivals, beside what was predicted before.
@@ -96,6 +101,8 @@ def run_command(
 
     if device not in ("cpu", "cuda"):
         raise questions.OptionError(f"--device {device}: expected cpu or cuda")
+    if 0 < settings < 10:
+        raise questions.OptionError(f"--settings {settings}: expected 0, or 10 and more, or chance ranks them")
     saving.require_writable(save, (*BEFORE, *AFTER))
     from ui.asked import USUAL, Asked, read_rate
     from ui.runreport import report_object, show_report
@@ -103,9 +110,9 @@ def run_command(
     rate_per_s = read_rate(rate)
     usual = None if trace is not None else workload or USUAL[device][1]
     traffic = questions.Traffic(trace, usual if trace is None else workload, requests)
-    asked = Asked(device, model, plan, dtype, tp, pp, dp, scheduler, budget, max_seqs, threads, seed)
+    asked = Asked(device, model, plan, dtype, tp, pp, dp, scheduler, budget, max_seqs, threads, seed, rate_per_s)
     question, machine = asked.question(traffic)
-    report, found = validated(question, machine, traffic, rate_per_s, minutes, runs, settings, stall, save, seed)
+    report, found = validated(question, machine, traffic, asked, minutes, runs, settings, stall, save, seed)
     if as_json:
         print(jsonout.dumps(report_object(report)))
     else:
@@ -120,7 +127,7 @@ def validated(
     question: Question,
     machine: Machine,
     traffic: Traffic,
-    rate_per_s: float | None,
+    asked: Asked,
     minutes: float,
     runs: int,
     settings: int,
@@ -131,6 +138,7 @@ def validated(
     """Measure, predict, execute, compare; both halves are written to the folder."""
     import numpy as np
 
+    from hwmodels.errors import ShardwiseError
     from planner.execute.workers import Workers
     from planner.validation import run as loop
     from planner.validation.execution import GPU_LIMITS, Comparison
@@ -148,16 +156,25 @@ def validated(
             learned = loop.learn(workers, question, minutes, rng, waiting.at, tuple(tried.values()))
             profile = ProfileSummary(time.monotonic() - started, learned.passes, learned.held_out)
             waiting.at("predicting", None)
-            if rate_per_s is None:
+            if asked.rate_per_s is None:
                 rate_per_s = loop.automatic_rate(question, learned.model, machine, seed)
-            question = replace(question, requests=question.requests.scaled_to_rate(rate_per_s))
+                question = replace(question, requests=question.requests.scaled_to_rate(rate_per_s))
             predicted = loop.predict(question, learned.model, machine, seed)
-            words = about(question, machine, traffic)
+            words = about(question, machine, traffic, asked.note(question))
             write_files(save, before(words, learned, predicted))
-            found = executed(workers, question, learned, machine, runs, seed, waiting)
-            if tried and found.broken is None:
-                few = replace(question, requests=question.requests.head(settings))
-                choose(workers, few, learned, machine, tried, found, seed, waiting)
+            forget(save)
+            found = Executed()
+            try:
+                execute(workers, question, learned, machine, runs, found, seed, waiting)
+                if tried and found.broken is None:
+                    few = replace(question, requests=question.requests.head(settings))
+                    choose(workers, few, learned, machine, tried, found, seed, waiting)
+            except KeyboardInterrupt:
+                found.broken = "interrupted"
+            except ShardwiseError as error:
+                found.broken = f"failed: {error}"
+            if found.broken is not None:
+                workers.close(kill=True)
         report = RunReport(
             words,
             Comparison.of(predicted.requests, found.runs),
@@ -167,8 +184,25 @@ def validated(
             limits=GPU_LIMITS if question.job.device == "cuda" else None,
         )
         waiting.at("writing the report", None)
-        write_files(save, after(report, found))
+        with uninterrupted():
+            write_files(save, after(report, found))
     return report, found
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, and is forgotten."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def forget(folder: Path) -> None:
+    """Take away what an earlier run into the folder found: it belongs to another prediction."""
+    for path in (*(folder / name for name in AFTER), *folder.glob("steps-*.parquet")):
+        path.unlink(missing_ok=True)
 
 
 def before(words: Mapping[str, str], learned: Learned, predicted: Result) -> dict[str, Writer]:
@@ -226,22 +260,33 @@ def _table(frame: pd.DataFrame) -> Writer:
     return write
 
 
-def executed(
-    workers: Workers, question: Question, learned: Learned, machine: Machine, runs: int, seed: int, waiting: Bar
-) -> Executed:
-    """The same requests, run after run, until one breaks off."""
+def execute(
+    workers: Workers,
+    question: Question,
+    learned: Learned,
+    machine: Machine,
+    runs: int,
+    found: Executed,
+    seed: int,
+    waiting: Bar,
+) -> None:
+    """The same requests, run after run, until one breaks off; how fast the machine is, before and after each."""
+    import numpy as np
+
     from planner.validation import run as loop
 
-    found = Executed()
+    rng = np.random.default_rng(seed)
     for number in range(1, runs + 1):
-        execution, served = loop.execute_probed(
+        before_s = loop.drift(workers, learned, rng)
+        execution, served = loop.execute(
             workers, question, learned, machine, seed, waiting.at, f"run {number} of {runs}"
         )
         found.runs.append(execution)
         found.broken = served.broken
         if served.broken:
             break
-    return found
+        drift = before_s, loop.drift(workers, learned, rng)
+        found.runs[-1] = loop.at_speed(execution, question, learned, machine, drift, seed)
 
 
 def choose(

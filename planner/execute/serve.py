@@ -28,8 +28,6 @@ from simulator.scheduler import SchedulerConfig
 Row = tuple[Any, ...]
 #: Told of what has happened so far: the log, and the rows since the last call.
 Report = Callable[[Log, list[Row]], None]
-#: Seconds between two reports.
-REPORT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +37,7 @@ class Order:
     arrival_s          of `mine`
     prompts, outputs   tokens of all requests of the run
     zero_s             the run's zero on the system's monotonic clock
+    report_s           most time between two reports, but for a step that takes longer
     measure_laps       whether the time inside steps is measured too (without pipeline stages)
     """
 
@@ -49,6 +48,7 @@ class Order:
     outputs: list[int]
     config: SchedulerConfig
     zero_s: float
+    report_s: float
     measure_laps: bool = False
 
 
@@ -162,8 +162,16 @@ class Leader:
             else:
                 self.log.rejected.append(request)
 
+    def _beat(self, now_s: float) -> None:
+        """Report now and then, also where nothing happens, so that silence means a stall."""
+        if now_s - self._reported_s > self.order.report_s:
+            self._reported_s = now_s
+            self._report(self.log, self._rows)
+            self._rows = []
+
     def _idle(self) -> None:
         """Nothing to do: have all ranks keep their weights at hand."""
+        self._beat(self.clock.now())
         if self.peers.count > 1:
             self.peers.announce(IDLE, [])
         self.stage.stay_warm()
@@ -200,10 +208,7 @@ class Leader:
             ids = self.stage.forward(inputs, None, self.laps).tolist()
             now = clock.now()
             self._done(0, batch, start, now, now - before, ids)
-            if now - self._reported_s > REPORT_S:
-                self._reported_s = now
-                self._report(log, self._rows)
-                self._rows = []
+            self._beat(now)
 
     def _pipeline(self) -> None:
         """As many lanes as stages: a lane's next step starts when its last one has come back."""
@@ -237,10 +242,7 @@ class Leader:
             expected = peers.expect_ids(len(batch.sampled), number)
             run_stage(self.stage, peers, batch, self.laps)
             flying[number] = expected, batch, start, clock.now() - start
-            if now - self._reported_s > REPORT_S:
-                self._reported_s = now
-                self._report(log, self._rows)
-                self._rows = []
+            self._beat(now)
 
     def _land(self, number: int, flying: dict[int, tuple[Expected, Batch, float, float]], ready: list[float]) -> None:
         expected, batch, start, forward_s = flying.pop(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -35,8 +36,12 @@ from simulator.workload import Requests
 torch: Any = open_torch()
 #: Seconds without a word from a process after which it counts as stalled: while starting, and while serving.
 START_STALL_S, STALL_S = 600.0, 120.0
+#: Seconds between two words of a replica that serves.
+REPORT_S = 2.0
 #: Seconds between telling all replicas to serve and the run's zero.
 LEAD_S = 0.5
+#: Of prctl(2).
+PR_SET_PDEATHSIG = 1
 #: Told the number of requests that have finished.
 Progress = Callable[[int], None]
 
@@ -58,7 +63,7 @@ class Workers:
         """
         self.job = job
         self.stall_s = stall_s
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = tempfile.TemporaryDirectory(prefix="shardwise-")
         context = multiprocessing.get_context("spawn")
         _large_pages()
         self._connections: list[Connection] = []
@@ -93,7 +98,7 @@ class Workers:
     def close(self, *, kill: bool = False) -> None:
         """End the processes."""
         if not kill:
-            with suppress(OSError):
+            with suppress(MeasurementError):
                 self._tell(("stop",))
         for process in self._processes:
             process.join(timeout=0.0 if kill else 10.0)
@@ -107,12 +112,12 @@ class Workers:
     def run_passes(self, compositions: Sequence[Composition]) -> list[Pass]:
         """Run composed steps on all ranks at once; what each rank measured."""
         self._tell(("passes", list(compositions)))
-        return [measured for answer in self._answers(self.stall_s) for measured in answer]
+        return [measured for answer in self._answers(max(self.stall_s, STALL_S)) for measured in answer]
 
     def transfers(self, tokens: Sequence[int]) -> list[tuple[int, float]]:
         """Seconds to send the activations of so many tokens from one pipeline stage to the next, of replica 0."""
         self._tell(("transfers", list(tokens)))
-        found: list[tuple[int, float]] = self._answers(self.stall_s)[0]
+        found: list[tuple[int, float]] = self._answers(max(self.stall_s, STALL_S))[0]
         return found
 
     def serve(
@@ -130,15 +135,7 @@ class Workers:
         job, count = self.job, len(requests)
         assert round_robin.assign is not None
         replica_of = round_robin.assign(count, np.ones(job.replicas), np.random.default_rng(0))
-        zero_s = time.monotonic() + LEAD_S
         prompts, outputs = requests.prompt_tokens.tolist(), requests.output_tokens.tolist()
-        for number, connection in enumerate(self._connections):
-            replica = number // job.mapping.gpus
-            mine = np.flatnonzero(replica_of == replica)
-            arrival_s = requests.arrival_s[mine].tolist()
-            connection.send(
-                ("serve", Order(replica, mine.tolist(), arrival_s, prompts, outputs, config, zero_s, measure_laps))
-            )
         logs: dict[int, Log] = {}
         rows: list[Row] = []
         answers: dict[int, list[int]] = {}
@@ -156,9 +153,17 @@ class Workers:
                 answers.update(content)
             return True
 
-        longest_s = float(requests.arrival_s[-1]) + self.stall_s + LEAD_S if count else self.stall_s
         try:
-            self._listen(running, hear, self.stall_s, quiet_s=longest_s)
+            zero_s, report_s = time.monotonic() + LEAD_S, min(REPORT_S, self.stall_s / 4)
+            for number in range(job.ranks):
+                replica = number // job.mapping.gpus
+                mine = np.flatnonzero(replica_of == replica)
+                arrival_s = requests.arrival_s[mine].tolist()
+                order = Order(
+                    replica, mine.tolist(), arrival_s, prompts, outputs, config, zero_s, report_s, measure_laps
+                )
+                self._send(number, ("serve", order))
+            self._listen(running, hear, self.stall_s + LEAD_S)
         except Stalled as reason:
             broken = f"stalled: {reason}"
         except ShardwiseError as reason:
@@ -173,8 +178,24 @@ class Workers:
         return Served(log, steps.reset_index(drop=True), answers, broken)
 
     def _tell(self, command: tuple[Any, ...]) -> None:
-        for connection in self._connections:
-            connection.send(command)
+        for number in range(len(self._connections)):
+            self._send(number, command)
+
+    def _send(self, number: int, command: tuple[Any, ...]) -> None:
+        try:
+            self._connections[number].send(command)
+        except OSError:
+            raise self._ended(number) from None
+
+    def _ended(self, number: int) -> MeasurementError:
+        """The error of a process that is no more."""
+        self._processes[number].join(timeout=5.0)
+        code = self._processes[number].exitcode
+        return MeasurementError(
+            f"process {number} of {self.job.ranks} ended with code {code}"
+            + (": killed, most likely for want of memory" if code == -signal.SIGKILL else "")
+            + "; expected it to serve; try a smaller model"
+        )
 
     def _answers(self, stall_s: float) -> list[Any]:
         """One answer of every process, in their order."""
@@ -190,30 +211,17 @@ class Workers:
             raise MeasurementError(f"execution stalled: {reason}; try a smaller model or fewer threads") from None
         return [found[number] for number in sorted(found)]
 
-    def _listen(
-        self, waiting: set[int], hear: Callable[[int, Any], bool], stall_s: float, quiet_s: float | None = None
-    ) -> None:
-        """Hand what the processes say to `hear` until it has returned True for every one.
-
-        quiet_s   seconds they may say nothing before the first word, where that is more
-        """
-        allowed = max(stall_s, quiet_s or 0.0)
+    def _listen(self, waiting: set[int], hear: Callable[[int, Any], bool], stall_s: float) -> None:
+        """Hand what the processes say to `hear` until it has returned True for every one."""
         while waiting:
-            ready = wait([self._connections[n] for n in waiting], timeout=allowed)
+            ready = wait([self._connections[n] for n in waiting], timeout=stall_s)
             if not ready:
-                raise Stalled(f"no step ended for {allowed:g} s")
-            allowed = stall_s
+                raise Stalled(f"no word for {stall_s:g} s")
             for number in [n for n in waiting if self._connections[n] in ready]:
                 try:
                     said = self._connections[number].recv()
-                except EOFError:
-                    self._processes[number].join(timeout=5.0)
-                    code = self._processes[number].exitcode
-                    raise MeasurementError(
-                        f"process {number} of {self.job.ranks} ended with code {code}"
-                        + (": killed, most likely for want of memory" if code == -signal.SIGKILL else "")
-                        + "; expected it to serve; try a smaller model"
-                    ) from None
+                except (EOFError, OSError):
+                    raise self._ended(number) from None
                 if said[0] == "error":
                     raise said[1]
                 if hear(number, said):
@@ -255,6 +263,7 @@ def merged(logs: Sequence[Log], count: int) -> Log:
 def _main(connection: Connection, job: Job, number: int, replica: int, rank: int, store: str) -> None:
     """A rank's process: make the model, then do what is said until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
+    _end_with_parent()
     try:
         _serve_commands(connection, job, number, replica, rank, store)
     except (EOFError, BrokenPipeError):
@@ -262,6 +271,12 @@ def _main(connection: Connection, job: Job, number: int, replica: int, rank: int
     except Exception as error:
         with suppress(OSError):
             connection.send(("error", _told(error, job)))
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends in any way (Linux; elsewhere when it next speaks)."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _told(error: Exception, job: Job) -> ShardwiseError:

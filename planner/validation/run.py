@@ -154,7 +154,7 @@ def learn(
     return Learned(step_model, rows, engine, len(passes), errors, tested, _probes(passes), PROBING * 60.0 * minutes)
 
 
-def at_speed(question: Question, learned: Learned, slower: float) -> StepModel:
+def changed(question: Question, learned: Learned, slower: float) -> StepModel:
     """The step model with everything longer by the share `slower`."""
     job, model, factor = question.job, learned.model, 1.0 + slower
     engine = learned.engine
@@ -289,19 +289,12 @@ def execute(
     return Execution(result.requests, served.steps, predict_steps(learned.model, served.steps)), served
 
 
-def execute_probed(
-    workers: Workers, question: Question, learned: Learned, machine: Machine, seed: int, progress: Progress, what: str
-) -> tuple[Execution, Served]:
-    """The same, with how fast the machine was before and after, and what the simulator predicts at that speed."""
-    rng = np.random.default_rng(seed)
-    before = drift(workers, learned, rng)
-    execution, served = execute(workers, question, learned, machine, seed, progress, what)
-    if served.broken:
-        return execution, served
-    after = drift(workers, learned, rng)
-    slower = at_speed(question, learned, (before + after) / 2)
-    expected = predict(question, slower, machine, seed).requests
-    return replace(execution, drift=(before, after), at_speed=expected), served
+def at_speed(
+    execution: Execution, question: Question, learned: Learned, machine: Machine, drift: tuple[float, float], seed: int
+) -> Execution:
+    """The run with how fast the machine was before and after it, and what the simulator predicts at that speed."""
+    model = changed(question, learned, sum(drift) / 2)
+    return replace(execution, drift=drift, at_speed=predict(question, model, machine, seed).requests)
 
 
 def settings(question: Question) -> dict[str, SchedulerConfig]:

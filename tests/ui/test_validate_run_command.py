@@ -94,6 +94,12 @@ def test_a_cut_model_is_predicted_and_executed_too(model, tmp_path, capsys):
         (["--tp", "512"], 4, "512 processes"),
         (["--workload", "mooncake-conversation"], 2, "longest request"),
         (["--max-seqs", "64", "--budget", "32"], 4, "max_seqs=64"),
+        (["--settings", "3"], 2, "10 and more"),
+        (["--threads", "1000"], 2, "1000 threads"),
+        (["--stall", "inf"], 2, "--stall"),
+        (["--minutes", "inf"], 2, "--minutes"),
+        (["--requests", "99999999999"], 2, "--requests"),
+        (["--seed", "99999999999999999999999"], 2, "--seed"),
     ],
 )
 def test_what_cannot_be_executed_is_refused_in_one_line_before_anything_is_measured(
@@ -104,6 +110,29 @@ def test_what_cannot_be_executed_is_refused_in_one_line_before_anything_is_measu
     error = capsys.readouterr().err
     assert told in error and len(error.strip().splitlines()) == 1
     assert not folder.exists()
+
+
+def test_a_trace_whose_requests_arrive_at_once_is_refused_before_anything_is_measured(model, tmp_path, capsys):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,8,4\n0,8,4\n", encoding="utf-8")
+    assert run("--model", model, "--trace", str(trace), "--requests", "2", "--save", str(tmp_path / "out")) == 2
+    assert "trace.csv: its 2 request(s) arrive at one instant" in capsys.readouterr().err
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor core")
+def test_experts_are_cut_with_the_rest(tmp_path, capsys):
+    path = tmp_path / "experts.json"
+    moe = {**CONFIG, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    path.write_text(json.dumps(moe), encoding="utf-8")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "steps-2.parquet").write_text("of an earlier run")
+    code = run(
+        "--model", str(path), "--tp", "2", "--requests", "12", "--runs", "1", "--minutes", "0.05", "--threads", "1",
+        "--save", str(folder),
+    )  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    assert not (folder / "steps-2.parquet").exists()
 
 
 def test_a_plan_file_says_what_is_executed(model, tmp_path, capsys):
@@ -135,7 +164,9 @@ def test_a_plan_file_says_what_is_executed(model, tmp_path, capsys):
     )  # fmt: skip
     captured = capsys.readouterr()
     assert code == 0, captured.err
-    assert "4/48" in json.loads(captured.out)["about"]["scheduler"]
+    about = json.loads(captured.out)["about"]
+    assert "4/48" in about["scheduler"]
+    assert about["plan"].endswith("pool 1 of 1, 1 of its 3 replica(s)")
 
 
 def test_an_interrupted_run_leaves_a_report_that_says_so(model, tmp_path):

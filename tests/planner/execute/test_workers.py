@@ -98,7 +98,7 @@ def test_laps_are_measured_where_they_are_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("sent", "told"), [(signal.SIGSTOP, "stalled: no step ended for 3 s"), (signal.SIGKILL, "ended with code -9")]
+    ("sent", "told"), [(signal.SIGSTOP, "stalled: no word for 3.5 s"), (signal.SIGKILL, "ended with code -9")]
 )
 def test_a_process_that_stops_or_dies_leaves_what_happened_until_then(sent, told):
     with Workers(job(), stall_s=3.0) as workers:
@@ -111,6 +111,21 @@ def test_a_process_that_stops_or_dies_leaves_what_happened_until_then(sent, told
     finished = np.isfinite(np.array(served.log.finish_s))
     assert 0 < finished.sum() < COUNT
     assert len(served.steps) > 0
+
+
+def test_silence_between_arrivals_is_no_stall():
+    sparse = replace(requests(), arrival_s=np.arange(COUNT) * 0.6)
+    with Workers(job(), stall_s=1.0) as workers:
+        served = workers.serve(sparse, CONFIG)
+    assert served.broken is None and len(served.answers) == COUNT
+
+
+def test_a_process_that_died_between_two_commands_is_told():
+    with Workers(job()) as workers:
+        os.kill(workers._processes[0].pid, signal.SIGKILL)
+        workers._processes[0].join()
+        served = workers.serve(requests(), CONFIG)
+    assert served.broken is not None and "ended with code -9" in served.broken
 
 
 def test_a_model_this_engine_does_not_have_is_refused_by_the_operator():
