@@ -42,10 +42,6 @@ class BlockTables:
             table.append(self._free.pop())
         return table
 
-    def slot(self, sequence: int, token: int) -> int:
-        """Where in the cache a token of a sequence is."""
-        return self._tables[sequence][token // self.block_tokens] * self.block_tokens + token % self.block_tokens
-
     def drop(self, sequence: int) -> None:
         """Take a sequence's blocks back."""
         self._free.extend(reversed(self._tables.pop(sequence, [])))

@@ -1,15 +1,12 @@
-"""Who executes? One process per rank, started once, that holds its share of the model and does what it is told."""
+"""Who executes? Processes, one per rank, that are started once, told what to do, and watched."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import multiprocessing
 import os
 import signal
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -20,28 +17,21 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from hwmodels.errors import MeasurementError, OutOfMemoryError, ShardwiseError
-from planner.execute.batch import Batch, Span
-from planner.execute.laps import DeviceLaps, HostLaps, Laps, NoLaps
-from planner.execute.ranks import Peers
+from hwmodels.errors import MeasurementError, ShardwiseError
+from planner.execute.process import run_rank
 from planner.execute.records import EXECUTED_COLUMNS, Composition, Job, Pass, Served
-from planner.execute.serve import Leader, Order, Row, follow
-from planner.execute.transformer import Transformer
-from planner.profiling.machine import TORCH_DTYPES, open_machine, open_torch
+from planner.execute.serve import Order, Row
 from simulator.log import Log
 from simulator.routers import round_robin
 from simulator.scheduler import SchedulerConfig
 from simulator.workload import Requests
 
-torch: Any = open_torch()
 #: Seconds without a word from a process after which it counts as stalled: while starting, and while serving.
 START_STALL_S, STALL_S = 600.0, 120.0
 #: Seconds between two words of a replica that serves.
 REPORT_S = 2.0
 #: Seconds between telling all replicas to serve and the run's zero.
 LEAD_S = 0.5
-#: Of prctl(2).
-PR_SET_PDEATHSIG = 1
 #: Told the number of requests that have finished.
 Progress = Callable[[int], None]
 
@@ -73,7 +63,7 @@ class Workers:
             replica, rank = divmod(number, per_replica)
             mine, theirs = context.Pipe()
             store = str(Path(self._folder.name) / f"replica-{replica}")
-            process = context.Process(target=_main, args=(theirs, job, number, replica, rank, store), daemon=True)
+            process = context.Process(target=run_rank, args=(theirs, job, number, replica, rank, store), daemon=True)
             process.start()
             theirs.close()
             self._connections.append(mine)
@@ -258,151 +248,3 @@ def merged(logs: Sequence[Log], count: int) -> Log:
         whole.peak_seqs = max(whole.peak_seqs, log.peak_seqs)
         whole.peak_blocks = max(whole.peak_blocks, log.peak_blocks)
     return whole
-
-
-def _main(connection: Connection, job: Job, number: int, replica: int, rank: int, store: str) -> None:
-    """A rank's process: make the model, then do what is said until told to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
-    _end_with_parent()
-    try:
-        _serve_commands(connection, job, number, replica, rank, store)
-    except (EOFError, BrokenPipeError):
-        return
-    except Exception as error:
-        with suppress(OSError):
-            connection.send(("error", _told(error, job)))
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process when its parent ends in any way (Linux; elsewhere when it next speaks)."""
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _told(error: Exception, job: Job) -> ShardwiseError:
-    """The error as the parent tells it."""
-    if isinstance(error, ShardwiseError):
-        return error
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "memory" in text.lower():
-        return OutOfMemoryError(f"{job.model.name} on {job.device}: {text[:200]}; expected a smaller model or cache")
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return MeasurementError(
-        f"executing {job.model.name} failed in {Path(last.filename).name}:{last.lineno}: "
-        f"{type(error).__name__}: {text[:200]}; expected it to run, please report this"
-    )
-
-
-def _serve_commands(connection: Connection, job: Job, number: int, replica: int, rank: int, store: str) -> None:
-    if job.device == "cpu":
-        _pin(job, number)
-    else:
-        torch.cuda.set_device(number)
-    open_machine(job.device, threads=job.threads if job.device == "cpu" else None)
-    peers = Peers(job, rank, store)
-    with torch.inference_mode():
-        stage = Transformer(
-            job.model, peers.share(job), dtype=job.dtype, device=peers.device,
-            kv_blocks=job.kv_blocks * job.mapping.pp, block_tokens=job.block_tokens, seed=job.seed,
-        )  # fmt: skip
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-        connection.send(("ready", None))
-        while True:
-            command, *content = connection.recv()
-            if command == "stop":
-                break
-            if command == "passes":
-                connection.send(("passes", [_pass(job, stage, peers, replica, made) for made in content[0]]))
-            elif command == "transfers":
-                connection.send(("transfers", _transfers(job, peers, content[0])))
-            else:
-                connection.send(("served", _serve(connection, job, stage, peers, content[0])))
-            gc.collect()
-    peers.close()
-
-
-def _pin(job: Job, number: int) -> None:
-    """Give every process cores of its own, where there are enough."""
-    if not hasattr(os, "sched_setaffinity"):
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    if job.ranks * job.threads <= len(cores):
-        begin = number * job.threads
-        os.sched_setaffinity(0, cores[begin : begin + job.threads])
-
-
-def _laps(job: Job) -> Laps:
-    return HostLaps() if job.device == "cpu" else DeviceLaps(torch)
-
-
-def _serve(connection: Connection, job: Job, stage: Transformer, peers: Peers, order: Order) -> dict[int, list[int]]:
-    laps = _laps(job) if order.measure_laps and job.mapping.pp == 1 else NoLaps()
-    if peers.rank:
-        return follow(job, stage, peers, order, laps)
-
-    def report(log: Log, rows: list[Row]) -> None:
-        connection.send(("progress", (log, rows)))
-
-    return Leader(job, stage, peers, order, laps, report).run()
-
-
-def _pass(job: Job, stage: Transformer, peers: Peers, replica: int, made: Composition) -> Pass:
-    """Run a composed step on this rank."""
-    laps = _laps(job)
-    forward_s, total_s = _timed(job, stage, peers, made, laps)
-    return Pass(made, replica, peers.stage, peers.shard, laps.totals(), forward_s, total_s)
-
-
-def _timed(job: Job, stage: Transformer, peers: Peers, made: Composition, laps: Laps) -> tuple[float, float]:
-    """Seconds of a forward pass, and with the preparation of its inputs; ids and cached contents are arbitrary."""
-    batch = _composed(job, made)
-    hidden = None
-    if not stage.share.first:
-        hidden = torch.randn(made.tokens, job.model.hidden, device=peers.device).to(stage.dtype)
-    peers.barrier()
-    started = time.perf_counter()
-    inputs = stage.inputs(batch)
-    before = time.perf_counter()
-    found = stage.forward(inputs, hidden, laps)
-    if stage.share.last:
-        found.tolist()
-    elif job.device != "cpu":
-        torch.cuda.synchronize()
-    ended = time.perf_counter()
-    return ended - before, ended - started
-
-
-def _composed(job: Job, made: Composition) -> Batch:
-    """The batch of a composition, with blocks in the order a busy cache has them: any."""
-    blocks = job.kv_blocks * job.mapping.pp
-    shuffled = np.random.default_rng(job.seed).permutation(blocks)
-    taken = 0
-
-    def span(new: int, before: int) -> Span:
-        nonlocal taken
-        held = -(-(before + new) // job.block_tokens)
-        table = shuffled[np.arange(taken, taken + held) % blocks].tolist()
-        taken += held
-        return Span([token % job.model.vocab for token in range(new)], before, table)
-
-    decodes = [span(1, context - 1) for context in made.contexts]
-    chunks = [span(new, before) for new, before in made.items]
-    return Batch(decodes, chunks, job.block_tokens)
-
-
-def _transfers(job: Job, peers: Peers, tokens: Sequence[int], repeats: int = 9) -> list[tuple[int, float]]:
-    """Seconds to the next stage: the median of there and back less half of what an empty message takes so."""
-    dtype = getattr(torch, TORCH_DTYPES[job.dtype])
-    taken = {}
-    for count in (0, *tokens):
-        hidden = torch.zeros(max(count, 1), job.model.hidden if count else 1, dtype=dtype, device=peers.device)
-        samples = []
-        peers.barrier()
-        for _ in range(repeats):
-            started = time.perf_counter()
-            peers.bounce(hidden)
-            samples.append(time.perf_counter() - started)
-        taken[count] = float(np.median(samples))
-    return [(count, taken[count] - taken[0] / 2) for count in tokens]

@@ -1,7 +1,5 @@
 """Laws of the block tables: a block is held once or free, never both, and none is lost."""
 
-from itertools import pairwise
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,15 +36,3 @@ def test_blocks_are_handed_out_once_and_conserved(blocks: int, block_tokens: int
         tables.drop(sequence)
     assert tables.used == 0
     assert sorted(tables.grow(99, blocks * block_tokens)) == list(range(blocks))
-
-
-def test_slots_follow_the_table() -> None:
-    tables = BlockTables(6, 4)
-    tables.grow(1, 3)
-    tables.grow(0, 5)
-    tables.grow(1, 9)
-    table = tables.grow(1, 9)
-    slots = [tables.slot(1, token) for token in range(9)]
-    assert [slot // 4 for slot in slots] == [table[token // 4] for token in range(9)]
-    assert all(after == before + 1 for before, after in pairwise(slots) if after % 4)
-    assert not set(slots) & {tables.slot(0, token) for token in range(5)}
