@@ -23,7 +23,7 @@ Run = Callable[[list[Composition]], list[Pass]]
 #: Times each point is measured, at least where the minutes allow, and at most.
 LEAST, MOST = 3, 7
 #: Like decode passes behind every pass with prompt tokens. A step finds the less of the weights in the cache the longer
-#: the one before took: where passes came in random order, decode steps took an eighth longer than in service, where
+#: the one before took: where passes came in random order, decode steps took a fifth longer than in service, where
 #: they come in runs.
 RUN = 5
 #: Steps along the list of decodes from one prompt chunk that they are mixed with to the next.

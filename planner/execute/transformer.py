@@ -389,8 +389,8 @@ class Transformer:
     def stay_warm(self) -> None:
         """Touch every page of some of the weights, the next ones each time; nothing on a device.
 
-        A processor forgets where memory is that is not used for a while, most of all a virtual one: the first step
-        after a pause took several times as long. Engines under load have no such pauses; this one then has none either.
+        A processor forgets where memory is that is not used for a while, most of all a virtual one: behind a pause of a
+        second, products with one row took four times as long. Under load there are no such pauses, so none here either.
         """
         if self.device == "cpu":
             self._warm = (self._warm + 1) % len(self._pages)
