@@ -9,7 +9,16 @@ from hwmodels.energy import power_w
 from hwmodels.work import Steps
 from simulator.deployment import Deployment
 from simulator.log import Log
-from simulator.result import STEP_COLUMNS, Result, RunTotals, request_frame, span_frame, step_frame
+from simulator.result import (
+    STEP_COLUMNS,
+    Result,
+    RunTotals,
+    link_frame,
+    request_frame,
+    span_frame,
+    step_frame,
+    transfer_frame,
+)
 from simulator.workload import Requests, Workload
 
 
@@ -61,10 +70,14 @@ def collect(deployment: Deployment, workload: Workload | Requests, log: Log, see
         kv_blocks=tuple(spec.kv_blocks for spec in deployment.replicas),
         seed=seed,
         events=log.events,
+        requeued=len(log.requeued),
+        lost_kv_blocks=log.lost_kv_blocks,
     )
     steps = None if table is None else step_frame(table)
     spans = None if table is None else span_frame(log.last_spans(requests.output_tokens))
-    return Result(frame, steps, spans, totals)
+    handover = deployment.handover
+    links = link_frame(handover.names, handover.bytes_per_s, log.carried_bytes) if handover else link_frame([], [], [])
+    return Result(frame, steps, spans, totals, transfer_frame(log.transfers), links)
 
 
 def _consumption(

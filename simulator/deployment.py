@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from hwmodels.hardware import Device
 from hwmodels.mapping import Mapping
 from hwmodels.step_model import StepModel
 from hwmodels.work import Work
+from simulator.errors import PoolError
+from simulator.handover import Handover
 from simulator.lockstep import LockstepReplica
 from simulator.log import Log
 from simulator.pipeline import PipelineReplica
 from simulator.replica import Replica
 from simulator.routers import Router, round_robin
 from simulator.scheduler import Scheduler, SchedulerConfig
+
+#: What a replica does: everything (aggregated); prompts or answers only; or either, where the others are short of room.
+Role = Literal["aggregated", "prefill", "decode", "mixed"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 AnyReplica = Replica | LockstepReplica | PipelineReplica
 
@@ -25,6 +32,7 @@ class ReplicaSpec:
 
     kv_blocks   blocks each of its schedulers can hand out
     share       its share of the requests under a router that does not look at loads, relative to the others'
+    role        what it does, see Role
     work        FLOPs and bytes of its steps; None where they are not wanted
     """
 
@@ -36,6 +44,7 @@ class ReplicaSpec:
     share: float = 1.0
     work: Work | None = None
     arithmetic_dtype: str = "bf16"
+    role: Role = "aggregated"
 
     @property
     def lanes(self) -> int:
@@ -54,16 +63,56 @@ class ReplicaSpec:
         return kind(self.model, schedulers, log, index)
 
 
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A replica, by its position, that fails at a time of the run, in seconds."""
+
+    at_s: float
+    replica: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Deployment:
     """Replicas behind a router.
 
-    frontend_s   from the client to a scheduler and back: network, parsing, tokens to text; no replica waits for it
+    frontend_s       from the client to a scheduler and back: network, parsing, tokens to text; no replica waits for it
+    handover         how KV goes from prefill to decode replicas; needed where there are any
+    overflow_tokens  a mixed replica takes a prompt if the chosen prefill replica has this many tokens of prompts before
+                     it (Splitwise's threshold)
+    removals         replicas that fail during the run
+
+    Raises PoolError for roles that cannot serve a request together.
     """
 
     replicas: Sequence[ReplicaSpec]
     router: Router = field(default=round_robin)
     frontend_s: float = 0.0
+    handover: Handover | None = None
+    overflow_tokens: int = 8192
+    removals: Sequence[Removal] = ()
+
+    def __post_init__(self) -> None:
+        """Raise PoolError for roles that cannot serve a request together."""
+        roles = {spec.role for spec in self.replicas}
+        unknown = roles - set(ROLES)
+        if unknown:
+            raise PoolError(f"role {min(unknown)!r}: expected one of {', '.join(ROLES)}")
+        for role, other in (("prefill", "decode"), ("decode", "prefill")):
+            if role in roles and not roles & {other, "mixed"}:
+                raise PoolError(f"pools have role {role} but none {other} or mixed; add a pool of that role")
+        if roles & {"prefill", "decode"} and self.handover is None:
+            raise PoolError("pools of roles prefill and decode have no links between them; expected a handover")
+        for spec in self.replicas:
+            if spec.role in ("decode", "mixed") and spec.scheduler.policy == "static":
+                raise PoolError(f"a {spec.role} pool with policy static: expected one that admits at every step")
+        for removal in self.removals:
+            if not 0 <= removal.replica < len(self.replicas):
+                raise PoolError(f"removal of replica {removal.replica}: expected 0 to {len(self.replicas) - 1}")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether replicas have different parts to play, or one may leave."""
+        return bool(self.removals) or any(spec.role != "aggregated" for spec in self.replicas)
 
     @property
     def gpus(self) -> int:

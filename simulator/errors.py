@@ -25,3 +25,9 @@ class SaveError(ShardwiseError):
     """A result that cannot be written where it was asked for; nothing was left half-written."""
 
     exit_code = 8
+
+
+class PoolError(ShardwiseError):
+    """Pools of replicas that cannot serve together."""
+
+    exit_code = 4

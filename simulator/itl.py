@@ -35,7 +35,7 @@ def gaps_by_group(result: Result, groups: Ints, count: int) -> list[tuple[Floats
     """The gaps of the requests of each of `count` groups; a negative group is left out."""
     if result.steps is None:
         raise MetricError("steps were not recorded, expected a run that did; simulate with record=True")
-    request, lane, first_s, tokens = _spans(result)
+    request, lane, first_s, tokens, joined_s = _spans(result)
     group = groups[request]
     steps = result.steps[result.steps["decode_sequences"].to_numpy() > 0]
     step_lane = lane_key(steps["replica"], steps["lane"])
@@ -52,7 +52,7 @@ def gaps_by_group(result: Result, groups: Ints, count: int) -> list[tuple[Floats
         low, high = np.searchsorted(lane[by_lane], (key, key + 1))
         mine = by_lane[low:high]
         mine = mine[tokens[mine] > 1]
-        start = np.searchsorted(ends_s, first_s[mine], side="right")  # the step of the span's second token
+        start = np.searchsorted(ends_s, joined_s[mine], side="right")  # the step of the span's second token
         stop = start + tokens[mine] - 2  # and that of its last
         if stop.max() >= len(ends_s):
             raise ValueError(f"request {request[mine[stop.argmax()]]} emits more tokens than its lane has decode steps")
@@ -70,7 +70,7 @@ def gaps_by_group(result: Result, groups: Ints, count: int) -> list[tuple[Floats
             found[index] += [(gaps_s[lived], weights[:-1][lived]), _once(lead_s[member])]
         del ends_s, gaps_s
 
-    # From the last token before a preemption to the first one after it.
+    # From the last token before an interruption to the first one after it.
     order = np.lexsort((first_s, request))
     resumed = np.flatnonzero(np.diff(request[order]) == 0)
     paused_s = first_s[order[resumed + 1]] - last_s[order[resumed]]
@@ -87,8 +87,8 @@ def lane_key(replica: pd.Series[int], lane: pd.Series[int]) -> Ints:
     return replica.to_numpy(np.int64) << 32 | lane.to_numpy(np.int64)
 
 
-def _spans(result: Result) -> tuple[Ints, Ints, Floats, Ints]:
-    """Request, lane key, time of the first token and number of tokens of every stretch of finished requests."""
+def _spans(result: Result) -> tuple[Ints, Ints, Floats, Ints, Floats]:
+    """Request, lane key, time of the first token, tokens and time of joining of every stretch of finished requests."""
     frame = result.requests
     plain = np.isfinite(frame["finish_s"].to_numpy())
     finished = plain.copy()
@@ -100,13 +100,14 @@ def _spans(result: Result) -> tuple[Ints, Ints, Floats, Ints]:
     first_s = frame["first_token_s"].to_numpy()[plain]
     tokens = frame["output_tokens"].to_numpy(np.int64)[plain]
     if spans is None or spans.empty:
-        return request, lane, first_s, tokens
+        return request, lane, first_s, tokens, first_s
     spans = spans[finished[spans["request"].to_numpy()]]
     return (
         np.concatenate((request, spans["request"].to_numpy(np.int64))),
         np.concatenate((lane, lane_key(spans["replica"], spans["lane"]))),
         np.concatenate((first_s, spans["first_token_s"].to_numpy())),
         np.concatenate((tokens, spans["tokens"].to_numpy(np.int64))),
+        np.concatenate((first_s, spans["joined_s"].to_numpy())),
     )
 
 

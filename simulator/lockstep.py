@@ -7,7 +7,7 @@ from math import inf
 
 from hwmodels.step_model import StepModel
 from simulator.log import Log
-from simulator.replica import steps_until
+from simulator.replica import steps_ended, steps_until
 from simulator.scheduler import Scheduler
 
 
@@ -87,6 +87,46 @@ class LockstepReplica:
         elif may_join and self._steps > 1:
             self._shorten(at_s)
 
+    def expect(self, request: int) -> int | None:
+        """The lane that has set blocks aside for KV to come, None while there is none."""
+        for lane in sorted(range(len(self.schedulers)), key=self._unfinished.__getitem__):
+            if self.schedulers[lane].expect(request):
+                self._unfinished[lane] += 1
+                return lane
+        return None
+
+    def land(self, request: int, lane: int, at_s: float) -> None:
+        """The KV of an expected request has come."""
+        self.log.replica[request] = self.index
+        self.log.lane[request] = lane
+        self.schedulers[lane].land(request)
+        self.disturb(lane, at_s)
+
+    def disturb(self, lane: int, at_s: float) -> None:
+        """Something may change in the lane's next step."""
+        self._changed.add(lane)
+        if self.end == inf:
+            self.now = max(self.now, at_s)
+        elif self._steps > 1:
+            self._shorten(at_s)
+
+    def halt(self, at_s: float) -> Sequence[int]:
+        """Stop for good, after the steps that have ended by now; the requests that are left without a replica."""
+        steps = steps_ended(self._first, self._slope, at_s - self._start, self._steps - 1) if self.end < inf else 0
+        if steps and not any(self._prompts):
+            self._steps = steps
+            self.end = self._start + steps * (self._first + self._slope * (steps - 1) / 2)
+            self.commit()
+        self.end = inf
+        forgotten: list[int] = []
+        for lane, scheduler in enumerate(self.schedulers):
+            if self._ends[lane] < inf and self._taken > self._begun[lane]:
+                scheduler.advance(self._taken - self._begun[lane])
+            self._ends[lane] = inf
+            forgotten += scheduler.evict()
+            self.log.preempted(scheduler, self.index, lane)
+        return forgotten
+
     def _shorten(self, at_s: float) -> None:
         """Let the planned steps end at the first step boundary at or after `at_s`."""
         self._steps = steps_until(self._first, self._slope, at_s - self._start, self._steps)
@@ -128,6 +168,10 @@ class LockstepReplica:
         self.end = start + steps * (self._first + slope * (steps - 1) / 2)
         if steps > 1 and horizon_s < self.end:
             self._shorten(horizon_s)
+        if self.log.watch is not None:
+            for lane, scheduler in enumerate(self.schedulers):
+                if scheduler.chunks and self._ends[lane] < inf:
+                    self.log.watch(self.index, lane, scheduler.chunks, start, self.end)
         return self.end
 
     def _form(self, lane: int) -> None:
@@ -140,6 +184,8 @@ class LockstepReplica:
         works = scheduler.form()
         if scheduler.preempted:
             log.preempted(scheduler, self.index, lane)
+        if scheduler.joined:
+            log.joined(scheduler, self.now)
         running = scheduler.running if scheduler.decode_runs else 0
         context = scheduler.context if running else 0
         chunks = scheduler.chunks

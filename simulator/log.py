@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.scheduler import Scheduler
+from simulator.scheduler import Chunk, Scheduler
+
+#: See Log.spans.
+Span = tuple[int, int, int, float, int, float]
+
+
+#: Called with the replica, the lane, the chunks of a step, its start and its end, when the step is decided.
+Watch = Callable[[int, int, Sequence[Chunk], float, float], None]
 
 
 class Log:
@@ -18,26 +25,37 @@ class Log:
 
     limited, peak_seqs, peak_blocks   which of "kv", "seqs" and "tokens" ever held a scheduler back, and the most
                                       sequences one ran, and KV blocks these would have held at their ends
-    spans   (request, replica, lane, first token, tokens) of what preempted requests emitted between preemptions
+    transfers        (request, source, target, bytes, ready, reserved, landed) of KV that went from replica to replica
+    carried_bytes    over every link between replicas
+    requeued, lost_kv_blocks   requests whose replica was removed, and the KV blocks that went with them
+    watch   told of every step that computes prompts, where somebody wants to know
+    spans   (request, replica, lane, first token, tokens, joined) of what requests emitted before they were interrupted;
+            joined is when the sequence could first decode, at its first token or later
     """
 
     __slots__ = (
+        "_joined_s",
         "_resumed_s",
         "_spanned",
         "arrival_s",
+        "carried_bytes",
         "events",
         "finish_s",
         "first_schedule_s",
         "first_token_s",
         "lane",
         "limited",
+        "lost_kv_blocks",
         "peak_blocks",
         "peak_seqs",
         "preemptions",
         "rejected",
         "replica",
+        "requeued",
         "segments",
         "spans",
+        "transfers",
+        "watch",
     )  # fmt: skip
 
     def __init__(self, requests: int, *, record: bool) -> None:
@@ -51,13 +69,19 @@ class Log:
         self.rejected: list[int] = []
         self.preemptions: dict[int, int] = {}
         self.segments = array("d") if record else None
-        self.spans: list[tuple[int, int, int, float, int]] = []
+        self.spans: list[Span] = []
         self.events = 0
+        self.watch: Watch | None = None
+        self.transfers: list[tuple[int, int, int, float, float, float, float]] = []
+        self.carried_bytes: NDArray[np.float64] = np.empty(0)
+        self.requeued: list[int] = []
+        self.lost_kv_blocks = 0
         self.limited: set[str] = set()
         self.peak_seqs = 0
         self.peak_blocks = 0
         self._resumed_s: dict[int, float] = {}
         self._spanned: dict[int, int] = {}
+        self._joined_s: dict[int, float] = {}
 
     def extremes(self, schedulers: Iterable[Scheduler]) -> None:
         """Note what held the schedulers back and the most they had in use."""
@@ -82,31 +106,42 @@ class Log:
             else:
                 self._resumed_s[request] = at_s
 
+    def joined(self, scheduler: Scheduler, at_s: float) -> None:
+        """Note when sequences whose prompt was computed elsewhere join the decodes."""
+        for request in scheduler.joined:
+            self._joined_s[request] = at_s
+
+    def first_shown(self, request: int, at_s: float) -> None:
+        """The token that followed the last prefill is only given to the user now."""
+        times = self._resumed_s if request in self._resumed_s else self.first_token_s
+        times[request] = at_s
+
     def preempted(self, scheduler: Scheduler, replica: int, lane: int) -> None:
         """Keep what the requests preempted by the formed step had emitted since they last joined."""
         for request in scheduler.preempted:
             self.preemptions[request] = self.preemptions.get(request, 0) + 1
-            emitted = scheduler.generated.get(request, 0)
-            earlier = self._spanned.get(request, 0)
-            if emitted > earlier:
-                start = self._resumed_s.get(request, self.first_token_s[request])
-                self.spans.append((request, replica, lane, start, emitted - earlier))
-                self._spanned[request] = emitted
+            self.interrupted(request, replica, lane, scheduler.generated.get(request, 0))
 
-    def last_spans(self, outputs: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int, int, float, int]]:
-        """The spans of all preempted requests, their last ones included."""
-        last = [
-            (
-                request,
-                self.replica[request],
-                self.lane[request],
-                self._resumed_s[request],
-                int(outputs[request]) - emitted,
-            )
-            for request, emitted in self._spanned.items()
-            if request in self._resumed_s and self.finish_s[request] == self.finish_s[request]
-        ]
-        return self.spans + last
+    def interrupted(self, request: int, replica: int, lane: int, emitted: int) -> None:
+        """Keep the tokens, `emitted` in all, that a request gave away before its KV was lost."""
+        earlier = self._spanned.get(request, 0)
+        if emitted > earlier:
+            start = self._resumed_s.get(request, self.first_token_s[request])
+            joined = self._joined_s.pop(request, start)
+            self.spans.append((request, replica, lane, start, emitted - earlier, joined))
+            self._spanned[request] = emitted
+
+    def last_spans(self, outputs: Sequence[int] | NDArray[np.int64]) -> list[Span]:
+        """The spans of all requests that were interrupted or joined later than their first token, the last included."""
+        last: list[Span] = []
+        for request in self._spanned.keys() | self._joined_s.keys():
+            start = self._resumed_s.get(request, self.first_token_s[request])
+            emitted = self._spanned.get(request, 0)
+            if self.finish_s[request] == self.finish_s[request] and (not emitted or request in self._resumed_s):
+                joined = self._joined_s.get(request, start)
+                tokens = int(outputs[request]) - emitted
+                last.append((request, self.replica[request], self.lane[request], start, tokens, joined))
+        return self.spans + sorted(last)
 
     def record(
         self,

@@ -77,6 +77,42 @@ class PipelineReplica:
             self._ready[lane] = max(self._ready[lane], at_s)
         self.plan(inf)
 
+    def expect(self, request: int) -> int | None:
+        """The lane that has set blocks aside for KV to come, None while there is none."""
+        for lane in sorted(range(len(self.schedulers)), key=lambda lane: self.schedulers[lane].unfinished):
+            if self.schedulers[lane].expect(request):
+                return lane
+        return None
+
+    def land(self, request: int, lane: int, at_s: float) -> None:
+        """The KV of an expected request has come."""
+        self.log.replica[request] = self.index
+        self.log.lane[request] = lane
+        if not self.schedulers[lane].has_work:
+            self._ready[lane] = max(self._ready[lane], at_s)
+        self.schedulers[lane].land(request)
+        self.disturb(lane, at_s)
+
+    def disturb(self, lane: int, at_s: float) -> None:
+        """Something may change in the lane's next step."""
+        if self._left[lane]:
+            self.schedulers[lane].advance(self._done[lane])
+            self._left[lane] = 0
+        self._ready[lane] = max(self._ready[lane], at_s) if self.end == inf else self._ready[lane]
+        self.plan(inf)
+
+    def halt(self, at_s: float) -> Sequence[int]:
+        """Stop for good; the requests that are left without a replica. What has entered the stages leaves them."""
+        forgotten: list[int] = []
+        for lane, scheduler in enumerate(self.schedulers):
+            if self._left[lane]:
+                scheduler.advance(self._done[lane])
+                self._left[lane] = 0
+            forgotten += scheduler.evict()
+            self.log.preempted(scheduler, self.index, lane)
+        self.end = inf
+        return forgotten
+
     def coast(self, until_s: float) -> None:
         """Nothing: commit runs on for as long as nothing changes."""
 
@@ -104,6 +140,8 @@ class PipelineReplica:
         log.events += 1
         if scheduler.preempted:
             log.preempted(scheduler, self.index, lane)
+        if scheduler.joined:
+            log.joined(scheduler, now)
         log.scheduled(scheduler, now)
         running = scheduler.running if scheduler.decode_runs else 0
         context = scheduler.context if running else 0
@@ -126,6 +164,8 @@ class PipelineReplica:
                 self._leaving[lane] = 0
                 return ()
         prefills = bool(items)
+        if prefills and log.watch is not None:
+            log.watch(self.index, lane, scheduler.chunks, now, at)
         finished = self._finish(lane, 1, at)
         if prefills:
             log.prefilled(scheduler, at)

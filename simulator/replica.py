@@ -39,6 +39,18 @@ def steps_until(first_s: float, slope_s: float, wait_s: float, limit: int) -> in
     return steps if steps < limit else limit
 
 
+def steps_ended(first_s: float, slope_s: float, wait_s: float, limit: int) -> int:
+    """Most steps, at most `limit`, whose total time does not exceed `wait_s`; step j takes first + j slope.
+
+    >>> steps_ended(1.0, 0.0, 2.5, 10), steps_ended(1.0, 0.0, 0.5, 10)
+    (2, 0)
+    """
+    if limit < 1:
+        return 0
+    steps = steps_until(first_s, slope_s, wait_s, limit)
+    return steps - (steps * (first_s + slope_s * (steps - 1) / 2) > wait_s)
+
+
 class Replica:
     """One scheduler on one step model: the next change is decided by `plan`, can be shortened, is taken by `commit`.
 
@@ -84,9 +96,43 @@ class Replica:
             return
         if self.end == inf:
             self.now = max(self.now, at_s)
-        elif may_join and self._steps > 1 and at_s <= self.end - self._first - self._slope * (self._steps - 1):
+        elif may_join:
+            self._shorten(at_s)
+
+    def expect(self, request: int) -> int | None:
+        """The lane that has set blocks aside for KV to come, None while there is none."""
+        return 0 if self.scheduler.expect(request) else None
+
+    def land(self, request: int, lane: int, at_s: float) -> None:
+        """The KV of an expected request has come."""
+        self.log.replica[request] = self.index
+        self.scheduler.land(request)
+        self.disturb(lane, at_s)
+
+    def disturb(self, lane: int, at_s: float) -> None:
+        """Something may change in the next step: an idle replica wakes up, a jump ends at the next step boundary."""
+        if self.end == inf:
+            self.now = max(self.now, at_s)
+        else:
+            self._shorten(at_s)
+
+    def _shorten(self, at_s: float) -> None:
+        """Let the planned steps end at the first step boundary at or after `at_s`."""
+        if self._steps > 1 and at_s <= self.end - self._first - self._slope * (self._steps - 1):
             self._steps = steps_until(self._first, self._slope, at_s - self._start, self._steps)
             self.end = self._start + self._steps * (self._first + self._slope * (self._steps - 1) / 2)
+
+    def halt(self, at_s: float) -> Sequence[int]:
+        """Stop for good, after the steps that have ended by now; the requests that are left without a replica."""
+        steps = steps_ended(self._first, self._slope, at_s - self._start, self._steps - 1) if self.end < inf else 0
+        if steps and not self.scheduler.chunks:
+            self._steps = steps
+            self.end = self._start + steps * (self._first + self._slope * (steps - 1) / 2)
+            self.commit()
+        self.end = inf
+        forgotten = self.scheduler.evict()
+        self.log.preempted(self.scheduler, self.index, 0)
+        return forgotten
 
     def coast(self, until_s: float) -> None:
         """Decode with unchanging batches to the first step boundary at or after `until_s`, or until plan is needed."""
@@ -126,9 +172,11 @@ class Replica:
         if not scheduler.form():
             self.end = inf
             return inf
+        start = self._start = self.now
         if scheduler.preempted:
             self.log.preempted(scheduler, self.index, 0)
-        start = self._start = self.now
+        if scheduler.joined:
+            self.log.joined(scheduler, start)
         if scheduler.decode_runs:
             running = scheduler.running
             context = scheduler.context_offset + running * (scheduler.steps + 1)
@@ -139,6 +187,8 @@ class Replica:
             self._steps = 1
             self._slope = 0.0
             duration = self.model.step_s(running, context, scheduler.items)
+            if self.log.watch is not None:
+                self.log.watch(self.index, 0, scheduler.chunks, start, start + duration)
         else:
             first, slope, limit = self.model.decode_run(running, context)
             steps = scheduler.settled_steps() if scheduler.settled else 1

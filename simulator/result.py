@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,10 @@ STEP_COLUMNS = (
     "kv_blocks",
 )
 
+#: One row per request whose KV went to another replica: its bytes, when its prompt had been computed, when blocks were
+#: set aside for it at the target, and when all of it had come.
+TRANSFER_COLUMNS = ("request", "source", "target", "nbytes", "ready_s", "reserved_s", "landed_s")
+
 _STEP_FLOATS = frozenset({"start_s", "end_s", "slope_s"})
 
 
@@ -52,6 +56,7 @@ class RunTotals:
     peak_flops_per_s, memory_bytes_per_s   of the devices that hold replicas together, in the formats used
     lanes, kv_blocks     schedulers of each replica, and the KV pool of each of these
     seed, events         what the run was drawn from, and scheduling decisions taken
+    requeued, lost_kv_blocks   requests that started anew because their replica failed, and KV blocks lost with them
     """
 
     gpus: int
@@ -67,6 +72,8 @@ class RunTotals:
     kv_blocks: tuple[int, ...]
     seed: int
     events: int
+    requeued: int = 0
+    lost_kv_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +82,21 @@ class Result:
 
     requests   one row per request, see `request_frame`
     steps      the step log, columns STEP_COLUMNS; None when it was not recorded
-    spans      request, replica, lane, first_token_s, tokens: a stretch of tokens emitted without interruption, for
-               every request that was interrupted (by a preemption); other requests have one implicit span from
-               first_token_s on. None when nothing was recorded
+    spans      request, replica, lane, first_token_s, tokens, joined_s: a stretch of tokens emitted without
+               interruption, for every request that was interrupted (by a preemption) or whose prompt another replica
+               computed; the tokens after the first come from the decode steps that start at joined_s or later. Other
+               requests have one implicit span from first_token_s on. None when nothing was recorded
     totals     sums over the run
+    transfers  KV that went from replica to replica, columns TRANSFER_COLUMNS; empty where replicas share no requests
+    links      name, bytes_per_s and carried_bytes of every link between replicas
     """
 
     requests: pd.DataFrame
     steps: pd.DataFrame | None
     spans: pd.DataFrame | None
     totals: RunTotals
+    transfers: pd.DataFrame = field(default_factory=lambda: transfer_frame([]))
+    links: pd.DataFrame = field(default_factory=lambda: link_frame([], [], []))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -175,9 +187,9 @@ def step_frame(values: ArrayLike) -> pd.DataFrame:
     )
 
 
-def span_frame(rows: Sequence[tuple[int, int, int, float, int]]) -> pd.DataFrame:
-    """The spans from rows (request, replica, lane, first_token_s, tokens)."""
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 5
+def span_frame(rows: Sequence[tuple[int, int, int, float, int, float]]) -> pd.DataFrame:
+    """The spans from rows (request, replica, lane, first_token_s, tokens, joined_s)."""
+    columns = list(zip(*rows, strict=True)) if rows else [()] * 6
     return pd.DataFrame(
         {
             "request": np.array(columns[0], dtype=np.int64),
@@ -185,5 +197,24 @@ def span_frame(rows: Sequence[tuple[int, int, int, float, int]]) -> pd.DataFrame
             "lane": np.array(columns[2], dtype=np.int32),
             "first_token_s": np.array(columns[3], dtype=float),
             "tokens": np.array(columns[4], dtype=np.int64),
+            "joined_s": np.array(columns[5], dtype=float),
+        }
+    )
+
+
+def transfer_frame(rows: Sequence[tuple[int, int, int, float, float, float, float]]) -> pd.DataFrame:
+    """The transfers from rows of TRANSFER_COLUMNS."""
+    frame = pd.DataFrame(list(rows), columns=list(TRANSFER_COLUMNS))
+    kinds = ("int64", "int32", "int32", "float64", "float64", "float64", "float64")
+    return frame.astype(dict(zip(TRANSFER_COLUMNS, kinds, strict=True)))
+
+
+def link_frame(names: Sequence[str], bytes_per_s: ArrayLike, carried_bytes: ArrayLike) -> pd.DataFrame:
+    """The links, see Result."""
+    return pd.DataFrame(
+        {
+            "name": pd.Series(list(names), dtype=object),
+            "bytes_per_s": np.asarray(bytes_per_s, dtype=float),
+            "carried_bytes": np.asarray(carried_bytes, dtype=float),
         }
     )

@@ -20,6 +20,8 @@ Policy = Literal["chunked", "prefill-first", "orca", "static"]
 #: Requests are told from steps by their low bits.
 REQUEST_BITS = 32
 REQUEST_MASK = (1 << REQUEST_BITS) - 1
+#: Tokens kept free for every sequence's answer before more KV may come (SGLang's num_reserved_decode_tokens).
+GROWTH_TOKENS = 512
 #: (request, new tokens, tokens cached before them) of one prompt chunk.
 Chunk = tuple[int, int, int]
 
@@ -67,6 +69,7 @@ class Scheduler:
 
     __slots__ = (
         "_admit",
+        "_apart",
         "_block",
         "_finish_at",
         "_heap",
@@ -74,15 +77,17 @@ class Scheduler:
         "_padded",
         "_partial",
         "_partial_done",
-        "_prefilling",
         "_weights",
         "chunks",
         "config",
         "context_offset",
         "decode_runs",
+        "expected",
         "generated",
         "items",
+        "joined",
         "kv_blocks",
+        "landed",
         "limited",
         "longest_tokens",
         "outputs",
@@ -105,6 +110,9 @@ class Scheduler:
         self.prompts = prompts
         self.outputs = outputs
         self.waiting: deque[int] = deque()
+        self.expected = 0  # sequences whose KV is to come from another replica
+        self.landed: list[int] = []  # those whose KV has come and that join the decodes in the next step
+        self.joined: list[int] = []  # those that joined in the last call of form()
         self.unfinished = 0
         self.reserved = 0  # blocks its admitted sequences will hold when they end: nothing is scarce while they fit
         self.steps = 0
@@ -128,7 +136,7 @@ class Scheduler:
         # Blocks beyond the last full one of a sequence that needs a block at index i, when steps % block_tokens is r.
         block = config.block_tokens
         self._weights = [tuple((i - r) % block for i in range(block)) for r in range(block)]
-        self._prefilling = 0  # blocks of sequences in prefill
+        self._apart = 0  # blocks of sequences that do not decode: in prefill, on their way to or from another replica
         self._partial = -1
         self._partial_done = 0
         self._padded = config.policy == "static"
@@ -141,11 +149,81 @@ class Scheduler:
 
     def offer(self, request: int) -> bool:
         """Put a request at the end of the queue; False if it could never run here."""
-        if self.prompts[request] + self.outputs[request] > self.longest_tokens:
+        if not self.fits(request):
             return False
         self.waiting.append(request)
         self.unfinished += 1
         return True
+
+    def fits(self, request: int) -> bool:
+        """Whether the request could run here alone."""
+        return self.prompts[request] + self.outputs[request] <= self.longest_tokens
+
+    def _prompt(self, request: int) -> int:
+        """Tokens of its next prefill: the prompt, and what it emitted before it was interrupted."""
+        return self.prompts[request] + self.generated.get(request, 0)
+
+    def hold(self, request: int) -> None:
+        """Keep the KV of a request that has just finished, because another replica goes on with it."""
+        blocks = -(-self._prompt(request) // self._block)
+        self._apart += blocks
+        self.reserved += blocks
+
+    def release(self, request: int) -> None:
+        """Give the blocks of `hold` back."""
+        blocks = -(-self._prompt(request) // self._block)
+        self._apart -= blocks
+        self.reserved -= blocks
+
+    def expect(self, request: int) -> bool:
+        """Set blocks aside for the KV of a prompt that another replica computes; False while that would be unsafe.
+
+        Beside the prompt, GROWTH_TOKENS stay free for every sequence that is here or under way.
+        """
+        block = self._block
+        others = self.running + self.expected
+        if others >= self.config.max_seqs:
+            self.limited.add("seqs")
+            return False
+        blocks = -(-self._prompt(request) // block)
+        reserved = self.reserved - (-(self.prompts[request] + self.outputs[request] - 1) // block)
+        growth = (others + 1) * -(-GROWTH_TOKENS // block) if others else 0
+        if reserved > self.kv_blocks and blocks + growth > self.free:
+            self.limited.add("kv")
+            return False
+        self.reserved = reserved
+        if reserved > self.peak_blocks:
+            self.peak_blocks = reserved
+        self._apart += blocks
+        self.expected += 1
+        self.unfinished += 1
+        return True
+
+    def land(self, request: int) -> None:
+        """The KV of an expected request has come: it decodes from the next step on."""
+        self.landed.append(request)
+
+    def unexpect(self, request: int) -> None:
+        """The KV of an expected request will not come."""
+        self._apart -= -(-self._prompt(request) // self._block)
+        self.reserved -= -(-(self.prompts[request] + self.outputs[request] - 1) // self._block)
+        self.expected -= 1
+        self.unfinished -= 1
+
+    def evict(self) -> list[int]:
+        """Forget all requests, for good; `preempted` has those among them that had begun to decode."""
+        self.preempted = []
+        for request in self.landed:
+            self.unexpect(request)
+            self.waiting.append(request)
+        self.waiting.extend(request for request, _, before in self.chunks if not before)
+        self.landed = []
+        while self._partial >= 0 or self._finish_at:
+            self._preempt_last()
+        forgotten = list(self.waiting)
+        self.waiting.clear()
+        self.unfinished -= len(forgotten)
+        return forgotten
 
     def blocks_held(self, ahead: int = 0) -> int:
         """KV blocks in use once every decoding sequence has cached `ahead` more tokens."""
@@ -153,7 +231,7 @@ class Scheduler:
             return self.reserved
         at = self.steps + ahead
         missing: int = sum(map(mul, self._needs, self._weights[at % self._block]))
-        return (self.context_offset + self.running * at + missing) // self._block + self._prefilling
+        return (self.context_offset + self.running * at + missing) // self._block + self._apart
 
     @property
     def free(self) -> int:
@@ -163,7 +241,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would not be empty."""
-        return self.running > 0 or self._partial >= 0 or bool(self.waiting)
+        return self.running > 0 or self._partial >= 0 or bool(self.waiting) or bool(self.landed)
 
     @property
     def context(self) -> int:
@@ -175,6 +253,8 @@ class Scheduler:
         if self.preempted:
             self.preempted = []
         self.settled = True
+        if self.landed or self.joined:
+            self._join_landed()
         if self.waiting or self._partial >= 0 or self._padded:
             self._admit(self)
         else:
@@ -257,7 +337,7 @@ class Scheduler:
                 if before:
                     self._partial = -1
                 self.prefilled.append(request)
-                self._prefilling -= -(-target // block)
+                self._apart -= -(-target // block)
                 if left:
                     finish_at[request] = now + left
                     heappush(self._heap, now + left << REQUEST_BITS | request)
@@ -281,13 +361,30 @@ class Scheduler:
                 self.reserved = 0
         return finished
 
+    def _join_landed(self) -> None:
+        """Let the sequences whose KV has come decode, after the one token that their prompts have given already."""
+        block, now = self._block, self.steps
+        self.joined = self.landed
+        self.landed = []
+        for request in self.joined:
+            prompt = self._prompt(request)
+            finish = now + self.outputs[request] - 1 - self.generated.get(request, 0)
+            self._finish_at[request] = finish
+            heappush(self._heap, finish << REQUEST_BITS | request)
+            self.expected -= 1
+            self.running += 1
+            self.context_offset += prompt - now
+            self._needs[(now - prompt) % block] += 1
+            self._apart -= -(-prompt // block)
+        self.peak_seqs = max(self.peak_seqs, self.running)
+
     def _preempt_last(self) -> None:
         """Send the sequence admitted last back to the front of the queue, to be recomputed."""
         block = self._block
         if self._partial >= 0:
             request = self._partial
             self._partial = -1
-            self._prefilling -= -(-(self.prompts[request] + self.generated.get(request, 0)) // block)
+            self._apart -= -(-(self.prompts[request] + self.generated.get(request, 0)) // block)
         else:
             request, finish = self._finish_at.popitem()  # dictionaries keep the order of admission
             left = finish - self.steps
@@ -329,7 +426,7 @@ class Scheduler:
         self.reserved = reserved
         if reserved > self.peak_blocks:
             self.peak_blocks = reserved
-        self._prefilling += blocks
+        self._apart += blocks
         self.waiting.popleft()
         return True
 

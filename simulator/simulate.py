@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from math import inf
 
 import numpy as np
 import simpy
-from simpy.events import NORMAL, URGENT, EventPriority
 
 from simulator.collect import collect
 from simulator.deployment import AnyReplica, Deployment
 from simulator.log import Log
+from simulator.pools import Pools
 from simulator.result import Result
+from simulator.together import STRIDE, Load, Look, Together
 from simulator.workload import Requests, Workload
 
 Progress = Callable[[int], None]
 Stop = Callable[[Log], bool]
-#: Scheduling decisions a replica takes between two looks at the clock when nobody else can be affected by them.
-STRIDE = 512
 
 
 class Overrun(Exception):
@@ -70,7 +67,10 @@ def run(
     rng = np.random.default_rng(seed)
     log = Log(len(requests), record=record)
     prompts, outputs = requests.prompt_tokens.tolist(), requests.output_tokens.tolist()
-    replicas = [spec.start(prompts, outputs, log, index) for index, spec in enumerate(deployment.replicas)]
+    replicas = [
+        spec.start(prompts, outputs.copy() if deployment.pooled else outputs, log, index)
+        for index, spec in enumerate(deployment.replicas)
+    ]
     env = simpy.Environment()
     log.arrival_s = requests.arrival_s
 
@@ -94,13 +94,21 @@ def _serve(
     replicas: Sequence[AnyReplica],
     rng: np.random.Generator,
     log: Log,
-    look: Progress,
+    look: Look,
 ) -> None:
     """Let the replicas serve the workload, each for itself where nothing joins them."""
     requests, router = workload.requests, deployment.router
     shares = np.array([spec.share for spec in deployment.replicas], dtype=float)
     frontend_s = deployment.frontend_s
     reaching_s = requests.arrival_s + frontend_s
+    if deployment.pooled:
+        pools = Pools(env, deployment, replicas, workload, reaching_s.tolist(), rng, log, look)
+        pools.start()
+        env.run()
+        log.carried_bytes = pools.flows.carried_bytes()
+        if workload.concurrency is not None:
+            log.arrival_s = np.array(pools.arrival_s) - frontend_s
+        return
     if workload.concurrency is None and (router.assign is not None or len(replicas) == 1):
         assigned = router.assign(len(requests), shares, rng) if router.assign else np.zeros(len(requests), dtype=int)
         for index, replica in enumerate(replicas):
@@ -108,7 +116,7 @@ def _serve(
             env.process(_alone(env, replica, reaching_s[mine].tolist(), mine.tolist(), look))
         env.run()
         return
-    loads = [_Load() for _ in replicas]
+    loads = [Load() for _ in replicas]
     if router.assign is not None:
         fixed = iter(router.assign(len(requests), shares, rng).tolist())
         route = lambda: next(fixed)  # noqa: E731
@@ -116,7 +124,7 @@ def _serve(
         choose = router.choose
         assert choose is not None
         route = lambda: choose(loads, shares, rng)  # noqa: E731
-    together = _Together(env, replicas, loads, route, workload, reaching_s.tolist(), frontend_s, log, look)
+    together = Together(env, replicas, loads, route, workload, reaching_s.tolist(), frontend_s, log, look)
     together.start()
     env.run()
     if workload.concurrency is not None:
@@ -128,7 +136,7 @@ def _alone(
     replica: AnyReplica,
     arrivals_s: Sequence[float],
     requests: Sequence[int],
-    look: Progress,
+    look: Look,
 ) -> Generator[simpy.Event, None, None]:
     """Serve requests whose arrivals are known and that nobody else affects; look at the clock every STRIDE events."""
     enqueue, coast, plan, commit = replica.enqueue, replica.coast, replica.plan, replica.commit
@@ -162,117 +170,3 @@ def _alone(
             events = 0
     yield env.timeout(max(0.0, replica.now - env.now))
     look(events)
-
-
-@dataclass(slots=True)
-class _Load:
-    """A replica as a router sees it."""
-
-    outstanding_tokens: int = 0
-
-
-class _Together:
-    """Replicas that affect each other: a router that looks at loads, or clients that wait for their answers."""
-
-    def __init__(
-        self,
-        env: simpy.Environment,
-        replicas: Sequence[AnyReplica],
-        loads: Sequence[_Load],
-        route: Callable[[], int],
-        workload: Workload,
-        arrival_s: list[float],
-        frontend_s: float,
-        log: Log,
-        look: Progress,
-    ) -> None:
-        self.env = env
-        self.replicas = replicas
-        self.loads = loads
-        self.route = route
-        self.log = log
-        self.look = look
-        self.closed = workload.concurrency is not None
-        self.frontend_s = frontend_s
-        self.pause_s = workload.think_s + frontend_s  # from an answer to the next request's arrival
-        self.arrival_s = arrival_s  # at the schedulers
-        self.prompts = workload.requests.prompt_tokens.tolist()
-        self.coming = iter(range(len(workload.requests)))
-        self.first = workload.concurrency or 1
-        self.pending = [False] * len(replicas)  # whether a replica is about to plan at this very instant
-        self.version = [0] * len(replicas)  # outdated wake-ups are ignored
-        self.commits = 0
-
-    def start(self) -> None:
-        """Let the first requests in."""
-        for request in range(min(self.first, len(self.arrival_s))):
-            self._arrives(self.frontend_s if self.closed else self.arrival_s[request])
-
-    def _at(self, when_s: float, priority: EventPriority, act: Callable[[], None]) -> None:
-        """Call `act` at an absolute time; arrivals come before decisions of the same instant."""
-        event = self.env.event()
-        event.callbacks.append(lambda _: act())
-        event._ok = True
-        event._value = None
-        self.env.schedule(event, priority=priority, delay=max(0.0, when_s - self.env.now))
-
-    def _arrives(self, when_s: float) -> None:
-        self._at(when_s, URGENT, lambda: self._arrive(when_s))
-
-    def _arrive(self, now_s: float) -> None:
-        request = next(self.coming, None)
-        if request is None:
-            return
-        self.arrival_s[request] = now_s
-        index = self.route()
-        replica = self.replicas[index]
-        before = replica.end
-        rejected = len(self.log.rejected)
-        replica.enqueue(request, now_s)
-        if before == inf:
-            self._plan_at(index, now_s)
-        elif replica.end != before:
-            self._wake_at(index, replica.end)
-        accepted = len(self.log.rejected) == rejected
-        if accepted:
-            self.loads[index].outstanding_tokens += self.prompts[request]
-        if self.closed:
-            if not accepted:
-                self._arrives(now_s + self.pause_s)
-        elif request + 1 < len(self.arrival_s):
-            self._arrives(self.arrival_s[request + 1])
-
-    def _leave(self, index: int, request: int, now_s: float) -> None:
-        self.loads[index].outstanding_tokens -= self.prompts[request]
-        if self.closed:
-            self._arrives(now_s + self.pause_s)
-
-    def _plan_at(self, index: int, when_s: float) -> None:
-        if not self.pending[index]:
-            self.pending[index] = True
-            self._at(when_s, NORMAL, lambda: self._plan(index))
-
-    def _plan(self, index: int) -> None:
-        self.pending[index] = False
-        end = self.replicas[index].plan(inf)
-        if end < inf:
-            self._wake_at(index, end)
-
-    def _wake_at(self, index: int, when_s: float) -> None:
-        version = self.version[index] = self.version[index] + 1
-        self._at(when_s, NORMAL, lambda: self._commit(index, version))
-
-    def _commit(self, index: int, version: int) -> None:
-        if version != self.version[index]:
-            return
-        replica = self.replicas[index]
-        for request in replica.commit():
-            finish_s = self.log.finish_s[request]
-            if finish_s > replica.now:  # on its way through the stages of a pipeline
-                self._at(finish_s, URGENT, partial(self._leave, index, request, finish_s))
-            else:
-                self._leave(index, request, finish_s)
-        self.commits += 1
-        if self.commits % STRIDE == 0:
-            self.look(STRIDE)
-        self._plan_at(index, replica.now)

@@ -57,6 +57,7 @@ class Watched:
 
     spec: ReplicaSpec
     share: float = 1.0
+    role: str = "aggregated"
     started: list[AnyReplica] = field(default_factory=list)
 
     def start(self, prompts: list[int], outputs: list[int], log: Log, index: int) -> AnyReplica:

@@ -264,7 +264,7 @@ def lanes(draw: st.DrawFn) -> tuple[Result, list[list[float]]]:
     )
     order = rng.permutation(len(steps))  # rows of different lanes come in any order
     log = step_frame(np.array(steps)[order].ravel())
-    kept = span_frame([span for span in spans if span[0] in interrupted])
+    kept = span_frame([(*span, span[3]) for span in spans if span[0] in interrupted])
     return Result(frame, log, kept, totals(kv_blocks=(0, 0))), tokens
 
 

@@ -1,0 +1,394 @@
+"""Pools of replicas with roles on one clock: prompts here, answers there, and KV under way on links that many share.
+
+A request gets a replica for its prompt and one for its answer when it arrives, as in Splitwise (arXiv:2311.18677). Its
+KV is sent only when the second has set blocks aside for it, and stays with the first until it has come.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import inf, nan
+
+import numpy as np
+import simpy
+from simpy.events import URGENT
+
+from simulator.deployment import AnyReplica, Deployment
+from simulator.errors import PoolError
+from simulator.flows import Flows
+from simulator.handover import Transfer
+from simulator.log import Log
+from simulator.routers import Shares
+from simulator.scheduler import Chunk
+from simulator.together import Load, Look, Together
+from simulator.workload import Workload
+
+
+class Pools(Together):
+    """Replicas with roles, see Deployment."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        deployment: Deployment,
+        replicas: Sequence[AnyReplica],
+        workload: Workload,
+        arrival_s: list[float],
+        rng: np.random.Generator,
+        log: Log,
+        look: Look,
+    ) -> None:
+        loads = [Load() for _ in replicas]
+        super().__init__(env, replicas, loads, lambda: 0, workload, arrival_s, deployment.frontend_s, log, look)
+        handover = deployment.handover
+        self.deployment = deployment
+        if handover is not None:
+            self.handover = handover
+        self.rng = rng
+        self.shares: Shares = np.array([spec.share for spec in deployment.replicas], dtype=float)
+        self.outputs = workload.requests.output_tokens.tolist()
+        self.roles: list[str | None] = [spec.role for spec in deployment.replicas]  # None for one that is gone
+        self.flows = Flows(handover.bytes_per_s if handover is not None else ())
+        self.ticks = 0  # outdated ones are ignored
+        self.carried: dict[int, int] = {}  # the request of every flow
+        self.transfers: dict[int, Transfer] = {}  # of every request between its arrival and its landing
+        self.queues: list[deque[int]] = [deque() for _ in replicas]  # computed, without room at the target
+        self.emitted: dict[int, int] = {}  # tokens of requests whose replica was removed
+        self.turns: dict[tuple[int, ...], Iterator[int]] = {}
+        self.pairs = self.singles = 0.0
+        if handover is not None and handover.mode == "layer-wise":
+            log.watch = self._computing
+        for removal in deployment.removals:
+            self._at(removal.at_s, URGENT, partial(self._remove, removal.replica, removal.at_s))
+
+    # Routing
+
+    def _pick(self, candidates: Sequence[int]) -> int:
+        """One of the replicas, by the deployment's router."""
+        if len(candidates) == 1:
+            return candidates[0]
+        router = self.deployment.router
+        shares = self.shares[list(candidates)]
+        if router.choose is not None:
+            return candidates[router.choose([self.loads[i] for i in candidates], shares, self.rng)]
+        assert router.assign is not None
+        key = tuple(candidates)
+        turn = self.turns.get(key)
+        position = next(turn, None) if turn is not None else None
+        if position is None:
+            turn = self.turns[key] = iter(router.assign(len(self.outputs), shares, self.rng).tolist())
+            position = next(turn)
+        return candidates[position]
+
+    def _of(self, *roles: str) -> list[int]:
+        return [index for index, role in enumerate(self.roles) if role in roles]
+
+    def _places(self, request: int) -> tuple[int, int] | None:
+        """Where the prompt is computed and where the answer, None if nobody is left."""
+        alone, before, after, both = (self._of(role) for role in ("aggregated", "prefill", "decode", "mixed"))
+        pair = bool((before or both) and (after or both))
+        if alone and pair:
+            # Turns between the two ways of serving, each as often as the shares of its entrances say.
+            share = float(self.shares[alone].sum() / self.shares[alone + (before or both)].sum())
+            pair = (self.singles + 1) * (1 - share) > (self.pairs + 1) * share
+            self.singles, self.pairs = self.singles + (not pair), self.pairs + pair
+        if not pair:
+            alone = alone or both
+            if not alone:
+                return None
+            index = self._pick(alone)
+            return index, index
+        source = self._pick(before or both)
+        overflow = self.deployment.overflow_tokens
+        if both and before and self.loads[source].outstanding_tokens >= overflow:
+            source = self._pick(both)
+        if source in both and not after:
+            return source, source
+        target = self._pick(after or both)
+        if both and source not in both and not self._has_room(target, request):
+            target = self._pick(both)
+        return source, target
+
+    def _has_room(self, index: int, request: int) -> bool:
+        """Whether a replica could take the request's KV now."""
+        if self.queues[index]:
+            return False
+        schedulers = self.replicas[index].schedulers
+        return any(s.free * s.config.block_tokens >= self.prompts[request] for s in schedulers)
+
+    def _arrive(self, now_s: float) -> None:
+        request = next(self.coming, None)
+        if request is None:
+            return
+        self.arrival_s[request] = now_s
+        accepted = self._enter(request, now_s)
+        if self.closed:
+            if not accepted:
+                self._arrives(now_s + self.pause_s)
+        elif request + 1 < len(self.arrival_s):
+            self._arrives(self.arrival_s[request + 1])
+
+    def _enter(self, request: int, now_s: float) -> bool:
+        """Send a request to its replicas; False if none can serve it."""
+        places = self._places(request)
+        if places is None:
+            self.log.rejected.append(request)
+            return False
+        source, target = places
+        emitted = self.emitted.get(request, 0)
+        split = source != target and self.outputs[request] > emitted + 1
+        for index in places:
+            scheduler = self.replicas[index].schedulers[0]
+            scheduler.outputs[request] = self.outputs[request]
+            if emitted:
+                for lane in self.replicas[index].schedulers:
+                    lane.generated[request] = emitted
+        if split:
+            if not self.replicas[target].schedulers[0].fits(request):
+                self.log.replica[request] = target
+                self.log.rejected.append(request)
+                return False
+            self.replicas[source].schedulers[0].outputs[request] = emitted + 1
+        replica = self.replicas[source]
+        before = replica.end
+        rejected = len(self.log.rejected)
+        replica.enqueue(request, now_s)
+        if len(self.log.rejected) > rejected:
+            return False
+        self.loads[source].outstanding_tokens += self.prompts[request]
+        if split:
+            self.transfers[request] = Transfer(source, target, self.log.lane[request])
+            self.loads[target].outstanding_tokens += self.prompts[request]
+        self._stirred(source, before, now_s)
+        return True
+
+    def _stirred(self, index: int, before_s: float, now_s: float) -> None:
+        """See to it that a replica acts at the right time, after something that may have changed its plan."""
+        replica = self.replicas[index]
+        if before_s == inf:
+            self._plan_at(index, now_s)
+        elif replica.end != before_s:
+            self._wake_at(index, replica.end)
+
+    # Prompts
+
+    def _computing(self, index: int, lane: int, chunks: Sequence[Chunk], start_s: float, end_s: float) -> None:
+        """A step computes prompts: what it will have computed is sent meanwhile, at most as fast as it comes."""
+        for request, new, before in chunks:
+            transfer = self.transfers.get(request)
+            if transfer is None or transfer.done or transfer.source != index:
+                continue
+            whole = self.prompts[request] + self.emitted.get(request, 0)
+            if whole < self.handover.overlap_tokens or before + new <= transfer.covered_tokens:
+                continue
+            if transfer.lane is None and not self.queues[transfer.target]:
+                self._reserve(request, transfer, start_s)
+            fresh = before + new - transfer.covered_tokens
+            transfer.covered_tokens = before + new
+            nbytes = fresh * self.handover.bytes_per_token(transfer.source, transfer.target)
+            tail = nbytes / self.handover.layers if before + new == whole else 0.0
+            transfer.backlog_bytes += tail
+            if transfer.lane is None:
+                transfer.backlog_bytes += nbytes - tail
+            else:
+                self._send(request, transfer, nbytes - tail, start_s, (nbytes - tail) / (end_s - start_s))
+
+    def _finished(self, index: int, request: int) -> None:
+        transfer = self.transfers.get(request)
+        if transfer is not None and transfer.source == index and not transfer.done:
+            self.replicas[index].schedulers[transfer.source_lane].hold(request)
+        super()._finished(index, request)
+
+    def _leave(self, index: int, request: int, now_s: float) -> None:
+        transfer = self.transfers.get(request)
+        if transfer is None:
+            super()._leave(index, request, now_s)
+            if self.queues[index]:
+                self._admit(index, now_s)
+            return
+        if transfer.source != index or transfer.done:  # its replica was removed while it left the stages
+            return
+        self.loads[index].outstanding_tokens -= self.prompts[request]
+        self.log.finish_s[request] = nan
+        transfer.done = True
+        transfer.ready_s = now_s
+        tokens = self.prompts[request] + self.emitted.get(request, 0) - transfer.covered_tokens
+        transfer.backlog_bytes += tokens * self.handover.bytes_per_token(index, transfer.target)
+        if transfer.lane is None:
+            self.queues[transfer.target].append(request)
+            self._admit(transfer.target, now_s)
+        else:
+            self._send_backlog(request, transfer, now_s)
+
+    # Transfers
+
+    def _reserve(self, request: int, transfer: Transfer, now_s: float) -> bool:
+        transfer.lane = self.replicas[transfer.target].expect(request)
+        transfer.reserved_s = now_s
+        return transfer.lane is not None
+
+    def _admit(self, index: int, now_s: float) -> None:
+        """Send what waits for room at a replica, first come first served, while there is some."""
+        queue = self.queues[index]
+        while queue:
+            request = queue[0]
+            transfer = self.transfers[request]
+            if not self._reserve(request, transfer, now_s):
+                return
+            queue.popleft()
+            self._send_backlog(request, transfer, now_s)
+
+    def _send_backlog(self, request: int, transfer: Transfer, now_s: float) -> None:
+        nbytes, transfer.backlog_bytes = transfer.backlog_bytes, 0.0
+        self._send(request, transfer, nbytes, now_s)
+
+    def _send(
+        self, request: int, transfer: Transfer, nbytes: float, now_s: float, limit_bytes_per_s: float = inf
+    ) -> None:
+        """Start a flow."""
+        route = self.handover.route(transfer.source, transfer.target)
+        self._flow_until(now_s)
+        flow = self.flows.start(
+            max(now_s, self.flows.now_s),
+            tuple(route.links),
+            nbytes,
+            shares=tuple(route.shares),
+            weight=route.weight,
+            limit_bytes_per_s=limit_bytes_per_s,
+        )
+        transfer.flying += 1
+        transfer.sent_bytes += nbytes
+        self.carried[flow] = request
+        self._tick()
+
+    def _tick(self) -> None:
+        """Be there when the next flow ends."""
+        self.ticks += 1
+        next_s = self.flows.next_s()
+        if next_s < inf:
+            self._at(next_s, URGENT, partial(self._flow_on, self.ticks, next_s))
+
+    def _flow_on(self, tick: int, now_s: float) -> None:
+        if tick == self.ticks:
+            self._flow_until(now_s)
+            self._tick()
+
+    def _flow_until(self, now_s: float) -> None:
+        # Times that SimPy has added up may differ from ours in the last bit.
+        for flow, end_s in self.flows.advance(max(now_s, self.flows.now_s)):
+            request = self.carried.pop(flow)
+            transfer = self.transfers[request]
+            transfer.flying -= 1
+            if transfer.done and not transfer.flying and not transfer.backlog_bytes:
+                landing_s = end_s + self.handover.route(transfer.source, transfer.target).latency_s
+                self._at(landing_s, URGENT, partial(self._land, request, transfer, landing_s))
+
+    def _land(self, request: int, transfer: Transfer, now_s: float) -> None:
+        """All KV of a request has come."""
+        if self.transfers.get(request) is not transfer:  # a replica was removed meanwhile
+            return
+        assert transfer.lane is not None
+        del self.transfers[request]
+        log, source, target = self.log, self.replicas[transfer.source], self.replicas[transfer.target]
+        if self.handover.first_token == "decode":
+            log.first_shown(request, now_s)
+        times_s = transfer.ready_s, transfer.reserved_s, now_s
+        log.transfers.append((request, transfer.source, transfer.target, transfer.sent_bytes, *times_s))
+        source.schedulers[transfer.source_lane].release(request)
+        self._stir(transfer.source, transfer.source_lane, now_s)
+        before = target.end
+        target.land(request, transfer.lane, now_s)
+        self._stirred(transfer.target, before, now_s)
+
+    def _stir(self, index: int, lane: int, now_s: float) -> None:
+        """A replica has got blocks back: a prompt that waited for them may run."""
+        replica = self.replicas[index]
+        if replica.schedulers[lane].waiting:
+            before = replica.end
+            replica.disturb(lane, now_s)
+            self._stirred(index, before, now_s)
+        if self.queues[index]:
+            self._admit(index, now_s)
+
+    # Replicas that go away
+
+    def _remove(self, index: int, now_s: float) -> None:
+        """A replica fails: its requests start anew elsewhere with the tokens they have, and what it cached is lost."""
+        if self.roles[index] is None:
+            return
+        replica = self.replicas[index]
+        if replica.end <= now_s and not self.pending[index]:
+            self._commit(index, self.version[index])
+        self.roles[index] = None
+        self.version[index] += 1
+        self.pending[index] = False
+        self._flow_until(now_s)
+        self.queues[index].clear()
+        again: list[int] = []
+        for request, transfer in list(self.transfers.items()):
+            if index == transfer.source:
+                self._lose(request, transfer, now_s)
+                again.append(request)
+            elif index == transfer.target:
+                self._stop_flows(request, transfer, now_s)
+                self._aim(request, transfer, now_s)
+        self.log.lost_kv_blocks += sum(scheduler.blocks_held() for scheduler in replica.schedulers)
+        for request in replica.halt(now_s):
+            if request not in again:
+                again.append(request)
+                emitted = [lane.generated[request] for lane in replica.schedulers if request in lane.generated]
+                if emitted:
+                    self.emitted[request] = max(emitted)
+        for request in sorted(again):
+            self.log.requeued.append(request)
+            self._enter(request, now_s)
+        self._tick()
+
+    def _lose(self, request: int, transfer: Transfer, now_s: float) -> None:
+        """The replica that computed or computes a prompt is gone."""
+        self._stop_flows(request, transfer, now_s)
+        del self.transfers[request]
+        self.loads[transfer.target].outstanding_tokens -= self.prompts[request]
+        if transfer.lane is not None:
+            self.replicas[transfer.target].schedulers[transfer.lane].unexpect(request)
+        elif request in self.queues[transfer.target]:
+            self.queues[transfer.target].remove(request)
+        if transfer.done and self.handover.first_token == "prefill":
+            emitted = self.emitted.get(request, 0) + 1
+            self.log.interrupted(request, transfer.source, transfer.source_lane, emitted)
+            self.emitted[request] = emitted
+        elif transfer.done and not self.emitted.get(request, 0):
+            self.log.first_token_s[request] = nan
+        self._admit(transfer.target, now_s)
+
+    def _stop_flows(self, request: int, transfer: Transfer, now_s: float) -> None:
+        for flow in [flow for flow, owner in self.carried.items() if owner == request]:
+            self.flows.cancel(flow, max(now_s, self.flows.now_s))
+            del self.carried[flow]
+        transfer.flying = 0
+
+    def _aim(self, request: int, transfer: Transfer, now_s: float) -> None:
+        """Choose another replica for the answer; what has been sent is sent again."""
+        self.loads[transfer.target].outstanding_tokens -= self.prompts[request]
+        others = self._of("decode") or self._of("mixed")
+        others = [index for index in others if index != transfer.source]
+        if not others:
+            raise PoolError(
+                f"replica {transfer.target} removed at {now_s:g} s: no replica is left that decodes; expected one more "
+                "in the pool, or a mixed one"
+            )
+        transfer.target = self._pick(others)
+        transfer.lane = None
+        self.loads[transfer.target].outstanding_tokens += self.prompts[request]
+        transfer.backlog_bytes = transfer.covered_tokens * self.handover.bytes_per_token(
+            transfer.source, transfer.target
+        )
+        for lane in self.replicas[transfer.target].schedulers:
+            lane.outputs[request] = self.outputs[request]
+            if request in self.emitted:
+                lane.generated[request] = self.emitted[request]
+        if transfer.done:
+            self.queues[transfer.target].append(request)
+            self._admit(transfer.target, now_s)
