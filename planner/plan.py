@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+
+from simulator.deployment import Role
+from simulator.handover import Mode
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -21,6 +25,9 @@ class Pool:
     block_tokens          tokens of a KV block
     max_context_tokens    longest prompt + output the engine accepts
     share                 requests one replica gets, relative to those of other pools; None for its number of devices
+    role                  aggregated serves whole requests, prefill computes prompts whose KV goes to a decode pool,
+                          mixed does what either has no room for
+    hardware              device or cluster profile; None for the plan's
     """
 
     replicas: int
@@ -40,6 +47,8 @@ class Pool:
     block_tokens: int = 16
     max_context_tokens: int = 32768
     share: float | None = None
+    role: Role = "aggregated"
+    hardware: str | None = None
 
     @property
     def gpus_per_replica(self) -> int:
@@ -60,6 +69,8 @@ class Plan:
     hardware   name of a shipped device or cluster profile
     gpus       devices of the cluster (the pools may use fewer; the rest idle)
     engine     name of an engine profile
+    also       other devices at hand, by profile name, for pools that name their hardware
+    transfer   how KV goes from prefill to decode pools: layer by layer while prompts are computed, or afterwards
     """
 
     model: str
@@ -68,9 +79,25 @@ class Plan:
     pools: tuple[Pool, ...]
     engine: str = "vllm"
     router: Literal["round-robin", "random", "least-tokens", "power-of-two"] = "round-robin"
-    version: int = 1
+    also: dict[str, int] = field(default_factory=dict)
+    transfer: Mode = "layer-wise"
+    version: int = 2
 
     @property
     def gpus_used(self) -> int:
         """Devices that hold a replica."""
         return sum(pool.gpus for pool in self.pools)
+
+    @property
+    def devices(self) -> dict[str, int]:
+        """All devices at hand, by profile name."""
+        return {self.hardware: self.gpus, **self.also}
+
+    def hardware_of(self, pool: Pool) -> str:
+        """The profile of the pool's devices."""
+        return pool.hardware or self.hardware
+
+    @property
+    def disaggregated(self) -> bool:
+        """Whether prompts and answers are served by different pools."""
+        return any(pool.role in ("prefill", "decode") for pool in self.pools)

@@ -19,7 +19,7 @@ from planner.plan import Plan, Pool
 from simulator.errors import SaveError
 
 #: Newest layout of a plan file this release reads.
-VERSION = 1
+VERSION = 2
 
 _PLAN = TypeAdapter(Plan)
 _KEYS = {Plan: list(Plan.__annotations__), Pool: list(Pool.__annotations__)}
@@ -82,11 +82,21 @@ def _problems(plan: Plan) -> Iterator[str]:
     for index, pool in enumerate(plan.pools):
         for problem in _pool_problems(pool):
             yield f"pools[{index}].{problem}"
-    if plan.gpus_used > plan.gpus:
-        yield (
-            f"gpus is {plan.gpus}, expected at least the {plan.gpus_used} its pools hold; "
-            "raise gpus or take replicas away"
-        )
+    for name, gpus in plan.also.items():
+        if gpus < 1 or name == plan.hardware:
+            yield f"also[{name!r}] is {gpus}, expected at least 1 device of another profile than hardware"
+    for name, gpus in plan.devices.items():
+        used = sum(pool.gpus for pool in plan.pools if plan.hardware_of(pool) == name)
+        if used > gpus:
+            key = "gpus" if name == plan.hardware else f"also[{name!r}]"
+            yield f"{key} is {gpus}, expected at least the {used} its pools hold; raise it or take replicas away"
+    for index, pool in enumerate(plan.pools):
+        if plan.hardware_of(pool) not in plan.devices:
+            yield f"pools[{index}].hardware is {pool.hardware!r}, expected one of {', '.join(plan.devices)}"
+    roles = {pool.role for pool in plan.pools}
+    for role, other in (("prefill", "decode"), ("decode", "prefill")):
+        if role in roles and not roles & {other, "mixed"}:
+            yield f"pools have role {role} but none has {other} or mixed, expected a pool of that role"
 
 
 def _pool_problems(pool: Pool) -> Iterator[str]:

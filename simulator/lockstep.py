@@ -123,6 +123,7 @@ class LockstepReplica:
             if self._ends[lane] < inf and self._taken > self._begun[lane]:
                 scheduler.advance(self._taken - self._begun[lane])
             self._ends[lane] = inf
+            self.log.lost_kv_blocks += scheduler.blocks_held()
             forgotten += scheduler.evict()
             self.log.preempted(scheduler, self.index, lane)
         return forgotten

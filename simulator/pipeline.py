@@ -98,7 +98,8 @@ class PipelineReplica:
         if self._left[lane]:
             self.schedulers[lane].advance(self._done[lane])
             self._left[lane] = 0
-        self._ready[lane] = max(self._ready[lane], at_s) if self.end == inf else self._ready[lane]
+        if self._ready[lane] == inf:
+            self._ready[lane] = at_s
         self.plan(inf)
 
     def halt(self, at_s: float) -> Sequence[int]:
@@ -108,6 +109,7 @@ class PipelineReplica:
             if self._left[lane]:
                 scheduler.advance(self._done[lane])
                 self._left[lane] = 0
+            self.log.lost_kv_blocks += scheduler.blocks_held()
             forgotten += scheduler.evict()
             self.log.preempted(scheduler, self.index, lane)
         self.end = inf
@@ -136,8 +138,10 @@ class PipelineReplica:
         free_at = self._free_at
         if self._left[lane]:
             return self._run_on(lane, now)
-        scheduler.form()
         log.events += 1
+        if not scheduler.form():
+            self._ready[lane] = inf  # nothing to do until blocks come back that another replica's KV holds
+            return ()
         if scheduler.preempted:
             log.preempted(scheduler, self.index, lane)
         if scheduler.joined:

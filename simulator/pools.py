@@ -241,6 +241,7 @@ class Pools(Together):
             self._send_backlog(request, transfer, now_s)
 
     def _send_backlog(self, request: int, transfer: Transfer, now_s: float) -> None:
+        self._flow_until(now_s)  # while the backlog says that something is still to come
         nbytes, transfer.backlog_bytes = transfer.backlog_bytes, 0.0
         self._send(request, transfer, nbytes, now_s)
 
@@ -334,7 +335,6 @@ class Pools(Together):
             elif index == transfer.target:
                 self._stop_flows(request, transfer, now_s)
                 self._aim(request, transfer, now_s)
-        self.log.lost_kv_blocks += sum(scheduler.blocks_held() for scheduler in replica.schedulers)
         for request in replica.halt(now_s):
             if request not in again:
                 again.append(request)

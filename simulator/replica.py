@@ -130,6 +130,7 @@ class Replica:
             self.end = self._start + steps * (self._first + self._slope * (steps - 1) / 2)
             self.commit()
         self.end = inf
+        self.log.lost_kv_blocks += self.scheduler.blocks_held()
         forgotten = self.scheduler.evict()
         self.log.preempted(self.scheduler, self.index, 0)
         return forgotten
