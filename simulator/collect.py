@@ -72,6 +72,7 @@ def collect(deployment: Deployment, workload: Workload | Requests, log: Log, see
         events=log.events,
         requeued=len(log.requeued),
         lost_kv_blocks=log.lost_kv_blocks,
+        role_switches=log.role_switches,
     )
     steps = None if table is None else step_frame(table)
     spans = None if table is None else span_frame(log.last_spans(requests.output_tokens))

@@ -79,6 +79,8 @@ class Deployment:
     handover         how KV goes from prefill to decode replicas; needed where there are any
     overflow_tokens  a mixed replica takes a prompt if the chosen prefill replica has this many tokens of prompts before
                      it (Splitwise's threshold)
+    switch_s         prefill and decode replicas change roles with the queues before them, by the rule in
+                     simulator.roleswitch: this long after such a replica has finished what it has; None: never
     removals         replicas that fail during the run
 
     Raises PoolError for roles that cannot serve a request together.
@@ -89,6 +91,7 @@ class Deployment:
     frontend_s: float = 0.0
     handover: Handover | None = None
     overflow_tokens: int = 8192
+    switch_s: float | None = None
     removals: Sequence[Removal] = ()
 
     def __post_init__(self) -> None:

@@ -10,18 +10,20 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from math import inf, nan
+from typing import cast
 
 import numpy as np
 import simpy
-from simpy.events import URGENT
+from simpy.events import NORMAL, URGENT
 
-from simulator.deployment import AnyReplica, Deployment
+from simulator.deployment import ROLES, AnyReplica, Deployment, Role
 from simulator.errors import PoolError
 from simulator.flows import Flows
 from simulator.handover import Transfer
 from simulator.log import Log
+from simulator.roleswitch import MONITOR_S, RoleSwitch
 from simulator.routers import Shares
-from simulator.scheduler import Chunk
+from simulator.scheduler import Chunk, Scheduler
 from simulator.together import Load, Look, Together
 from simulator.workload import Workload
 
@@ -49,7 +51,7 @@ class Pools(Together):
         self.rng = rng
         self.shares: Shares = np.array([spec.share for spec in deployment.replicas], dtype=float)
         self.outputs = workload.requests.output_tokens.tolist()
-        self.roles: list[str | None] = [spec.role for spec in deployment.replicas]  # None for one that is gone
+        self.roles: list[Role | None] = [spec.role for spec in deployment.replicas]  # None: takes nothing new
         self.flows = Flows(handover.bytes_per_s if handover is not None else ())
         self.ticks = 0  # outdated ones are ignored
         self.carried: dict[int, int] = {}  # the request of every flow
@@ -58,8 +60,13 @@ class Pools(Together):
         self.emitted: dict[int, int] = {}  # tokens of requests whose replica was removed
         self.turns: dict[tuple[int, ...], Iterator[int]] = {}
         self.pairs = self.singles = 0.0
+        self.entered = 0
         if handover is not None and handover.mode == "layer-wise":
             log.watch = self._computing
+        self.draining: dict[int, Role] = {}  # replicas that finish what they have, and what they will be
+        self.switching = RoleSwitch()
+        if deployment.switch_s is not None:
+            self._at(self.arrival_s[0] + MONITOR_S, NORMAL, partial(self._watch_queues, self.arrival_s[0] + MONITOR_S))
         for removal in deployment.removals:
             self._at(removal.at_s, URGENT, partial(self._remove, removal.replica, removal.at_s))
 
@@ -82,12 +89,12 @@ class Pools(Together):
             position = next(turn)
         return candidates[position]
 
-    def _of(self, *roles: str) -> list[int]:
+    def _of(self, *roles: Role) -> list[int]:
         return [index for index, role in enumerate(self.roles) if role in roles]
 
     def _places(self, request: int) -> tuple[int, int] | None:
         """Where the prompt is computed and where the answer, None if nobody is left."""
-        alone, before, after, both = (self._of(role) for role in ("aggregated", "prefill", "decode", "mixed"))
+        alone, before, after, both = (self._of(role) for role in ROLES)
         pair = bool((before or both) and (after or both))
         if alone and pair:
             # Turns between the two ways of serving, each as often as the shares of its entrances say.
@@ -122,6 +129,7 @@ class Pools(Together):
         request = next(self.coming, None)
         if request is None:
             return
+        self.entered += 1
         self.arrival_s[request] = now_s
         accepted = self._enter(request, now_s)
         if self.closed:
@@ -207,6 +215,8 @@ class Pools(Together):
             super()._leave(index, request, now_s)
             if self.queues[index]:
                 self._admit(index, now_s)
+            if self.draining:
+                self._drained(now_s)
             return
         if transfer.source != index or transfer.done:  # its replica was removed while it left the stages
             return
@@ -299,6 +309,8 @@ class Pools(Together):
         log.transfers.append((request, transfer.source, transfer.target, transfer.sent_bytes, *times_s))
         source.schedulers[transfer.source_lane].release(request)
         self._stir(transfer.source, transfer.source_lane, now_s)
+        if self.draining:
+            self._drained(now_s)
         before = target.end
         target.land(request, transfer.lane, now_s)
         self._stirred(transfer.target, before, now_s)
@@ -313,12 +325,45 @@ class Pools(Together):
         if self.queues[index]:
             self._admit(index, now_s)
 
+    # Replicas that change roles
+
+    def _watch_queues(self, now_s: float) -> None:
+        """Look at the queues before the prefill and decode pools, and let a replica change sides where they differ."""
+        engines = {"prefill": self._of("prefill"), "decode": self._of("decode")}
+        queues = {
+            "prefill": sum(len(lane.waiting) for i in engines["prefill"] for lane in self.replicas[i].schedulers),
+            "decode": sum(len(self.queues[i]) for i in engines["decode"]),
+        }
+        self.switching.look(queues, {role: len(members) for role, members in engines.items()})
+        move = self.switching.decide(now_s)
+        if move is not None and not self.draining:
+            index = min(engines[move[0]], key=lambda i: self.loads[i].outstanding_tokens)
+            self.roles[index] = None
+            self.draining[index] = cast(Role, move[1])
+            self._drained(now_s)
+        if self.entered < len(self.outputs) or self.transfers or any(lane.unfinished for lane in self._lanes()):
+            self._at(now_s + MONITOR_S, NORMAL, partial(self._watch_queues, now_s + MONITOR_S))
+
+    def _lanes(self) -> Iterator[Scheduler]:
+        return (lane for replica in self.replicas for lane in replica.schedulers)
+
+    def _drained(self, now_s: float) -> None:
+        """Let replicas that have finished what they had take up their new roles, after the time that takes."""
+        for index, role in list(self.draining.items()):
+            busy = any(lane.unfinished for lane in self.replicas[index].schedulers)
+            if not busy and not any(index in (t.source, t.target) for t in self.transfers.values()):
+                del self.draining[index]
+                self.log.role_switches += 1
+                again_s = now_s + (self.deployment.switch_s or 0.0)
+                self._at(again_s, URGENT, partial(self.roles.__setitem__, index, role))
+
     # Replicas that go away
 
     def _remove(self, index: int, now_s: float) -> None:
         """A replica fails: its requests start anew elsewhere with the tokens they have, and what it cached is lost."""
-        if self.roles[index] is None:
+        if self.roles[index] is None and index not in self.draining:
             return
+        self.draining.pop(index, None)
         replica = self.replicas[index]
         if replica.end <= now_s and not self.pending[index]:
             self._commit(index, self.version[index])

@@ -57,6 +57,7 @@ class RunTotals:
     lanes, kv_blocks     schedulers of each replica, and the KV pool of each of these
     seed, events         what the run was drawn from, and scheduling decisions taken
     requeued, lost_kv_blocks   requests that started anew because their replica failed, and KV blocks lost with them
+    role_switches        replicas that went from prefill to decode or back
     """
 
     gpus: int
@@ -74,6 +75,7 @@ class RunTotals:
     events: int
     requeued: int = 0
     lost_kv_blocks: int = 0
+    role_switches: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,3 +249,18 @@ def test_a_decode_pool_too_small_for_a_request_rejects_it() -> None:
     pools = [spec("prefill"), spec("decode", blocks=5)]
     result = simulate(Deployment(pools, handover=handover()), Requests([0.0, 1.0], [100, 30], [2, 2]))
     assert result.requests.rejected.tolist() == [True, False]
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**16), switch_s=st.sampled_from([0.0, 0.7]))
+def test_replicas_change_roles_with_the_queues_and_serve_everybody(seed: int, switch_s: float) -> None:
+    """Traffic that turns from answers to prompts: a decode replica comes over, and the prompts wait less."""
+    rng = np.random.default_rng(seed)
+    arrival_s = np.cumsum(rng.exponential(0.8, 200))
+    requests = Requests(arrival_s, rng.integers(60, 180, 200), rng.integers(2, 6, 200))
+    pools = [spec("prefill"), spec("decode"), spec("decode"), spec("decode")]
+    fixed = simulate(Deployment(pools, ROUTERS["least-tokens"], handover=handover()), requests)
+    moved = simulate(Deployment(pools, ROUTERS["least-tokens"], handover=handover(), switch_s=switch_s), requests)
+    assert np.isfinite(moved.requests.finish_s).all()
+    assert moved.totals.role_switches > 0 == fixed.totals.role_switches
+    assert moved.requests.ttft_s.mean() < fixed.requests.ttft_s.mean()
