@@ -17,6 +17,7 @@ from hwmodels.shape import ModelShape
 from hwmodels.step_model import CostModel, StepModel, compile_step_model
 from hwmodels.work import Work
 from planner.errors import PlanError
+from planner.links import handover_of
 from planner.plan import Plan, Pool
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.routers import ROUTERS
@@ -80,6 +81,7 @@ def law_broken(model: ModelShape, mapping: Mapping) -> str | None:
 class Catalogue:
     """Compiled parts of plans for one model on one cluster under one engine.
 
+    others                 catalogues of the same model on other devices, by hardware, for pools that name theirs
     kernels                measured kernels that price the operators; None for the analytic model alone
     max_tokens, max_seqs   largest step the step models are tabulated for; they grow when a plan asks for more
     """
@@ -90,6 +92,7 @@ class Catalogue:
     kernels: Kernels | None = None
     max_tokens: int = 8192
     max_seqs: int = 1024
+    others: dict[str, Catalogue] = field(default_factory=dict)
     _models: dict[tuple[Mapping, Precision], StepModel] = field(default_factory=dict)
     _works: dict[tuple[Mapping, Precision], Work] = field(default_factory=dict)
     _sizes: dict[tuple[Mapping, Precision], Sizes] = field(default_factory=dict)
@@ -135,7 +138,7 @@ class Catalogue:
         """The same of a whole plan: its pools, weighted by their devices."""
         shares: dict[str, float] = {}
         for pool in plan.pools:
-            for source, share in self.evidence(pool).items():
+            for source, share in self.of(pool).evidence(pool).items():
                 shares[source] = shares.get(source, 0.0) + share * pool.gpus / plan.gpus_used
         return shares
 
@@ -198,15 +201,27 @@ class Catalogue:
             share=share,
             work=self.work(mapping, precision) if with_work else None,
             arithmetic_dtype=precision.activations,
+            role=pool.role,
         )
 
+    def of(self, pool: Pool) -> Catalogue:
+        """The catalogue of the pool's devices."""
+        return self if pool.hardware is None else self.others.get(pool.hardware, self)
+
     def deployment(self, plan: Plan, *, with_work: bool = False) -> Deployment:
-        """All replicas of the plan behind its router."""
-        specs = []
+        """All replicas of the plan behind its router.
+
+        Raises MappingError, SchedulerError, OutOfMemoryError, or PlanError where replicas that exchange KV find no room.
+        """
+        specs: list[ReplicaSpec] = []
         for pool in plan.pools:
             share = float(pool.gpus_per_replica) if pool.share is None else pool.share
-            specs += [self.replica(pool, share=share, with_work=with_work)] * pool.replicas
-        return Deployment(specs, ROUTERS[plan.router], self.engine.request_overhead_s)
+            specs += [self.of(pool).replica(pool, share=share, with_work=with_work)] * pool.replicas
+        handover = None
+        if plan.disaggregated:
+            clusters = {plan.hardware: self.cluster, **{name: one.cluster for name, one in self.others.items()}}
+            handover = handover_of(plan, specs, self.model, clusters, self.engine.kernels["default"])
+        return Deployment(specs, ROUTERS[plan.router], self.engine.request_overhead_s, handover)
 
 
 def format_problem(cluster: Cluster, precision: Precision) -> str | None:
@@ -227,8 +242,12 @@ def format_problem(cluster: Cluster, precision: Precision) -> str | None:
     return None
 
 
-def open_catalogue(model: str, hardware: str, gpus: int, engine: str, cost: str = "calibrated") -> Catalogue:
+def open_catalogue(
+    model: str, hardware: str, gpus: int, engine: str, cost: str = "calibrated", also: dict[str, int] | None = None
+) -> Catalogue:
     """The catalogue of a model on `gpus` devices.
+
+    also   other hardware at hand and its devices
 
     cost   what the prices rest on: 'analytic' (a roofline with the default efficiencies), 'calibrated' (with those of
            the device's profile) or 'measured' (kernels that were timed, the calibrated roofline where there are none)
@@ -237,6 +256,9 @@ def open_catalogue(model: str, hardware: str, gpus: int, engine: str, cost: str 
     """
     if cost not in COSTS:
         raise PlanError(f"cost {cost!r}: expected one of {', '.join(COSTS)}")
+    if also:
+        others = {name: open_catalogue(model, name, count, engine, cost) for name, count in also.items()}
+        return replace(open_catalogue(model, hardware, gpus, engine, cost), others=others)
     shape, cluster, profile = load_model(model), load_cluster(hardware, gpus), load_engine(engine)
     device = replace(cluster.device, efficiency=Efficiency()) if cost == "analytic" else cluster.device
     cluster = replace(cluster, device=device.of_engine(profile.kernels))

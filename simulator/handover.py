@@ -11,7 +11,12 @@ Mode = Literal["serialized", "layer-wise"]
 
 
 class Way(Protocol):
-    """The links that one request's KV takes at once: `shares[i]` of the bytes cross `links[i]`, in `weight` streams."""
+    """The links that one request's KV takes at once: `shares[i]` of the bytes cross `links[i]`, in `weight` streams.
+
+    latency_s            before the first byte arrives
+    bytes_per_token      that cross the links, more than the cache holds where a head goes to several ranks
+    limit_bytes_per_s    most that the software moves of it
+    """
 
     @property
     def links(self) -> Sequence[int]: ...
@@ -21,6 +26,10 @@ class Way(Protocol):
     def weight(self) -> float: ...
     @property
     def latency_s(self) -> float: ...
+    @property
+    def bytes_per_token(self) -> float: ...
+    @property
+    def limit_bytes_per_s(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,8 +37,7 @@ class Handover:
     """The network between replicas, and what crosses it.
 
     bytes_per_s, names   capacity of every link, and how it is called
-    route                from a source and a target replica to the way between them; its flow is what one request sends
-    bytes_per_token      KV bytes of one token that go from a source to a target replica, over all ranks
+    route                from the source replica and its lane, the target replica and its lane to the way between them
     layers               of the model: a prompt's last layer cannot be sent before its last step ends
     mode                 see Mode
     overlap_tokens       shorter prompts are sent in one piece, whatever the mode
@@ -39,8 +47,7 @@ class Handover:
 
     bytes_per_s: Sequence[float]
     names: Sequence[str]
-    route: Callable[[int, int], Way]
-    bytes_per_token: Callable[[int, int], float]
+    route: Callable[[int, int, int, int], Way]
     layers: int
     mode: Mode = "layer-wise"
     overlap_tokens: int = 512
@@ -54,7 +61,7 @@ class Transfer:
     source, source_lane   where its prompt is computed
     target, lane          where it will decode; lane is None while no blocks are set aside
     covered_tokens        of the prompt that have been sent or wait to be sent
-    backlog_bytes         waiting to be sent
+    backlog_tokens        whose KV waits to be sent
     flying                flows under way
     done                  whether the prompt has been computed
     ready_s, reserved_s   when it had been, and when blocks were set aside
@@ -66,7 +73,7 @@ class Transfer:
     source_lane: int = 0
     lane: int | None = None
     covered_tokens: int = 0
-    backlog_bytes: float = 0.0
+    backlog_tokens: float = 0.0
     flying: int = 0
     done: bool = False
     ready_s: float = 0.0

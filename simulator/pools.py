@@ -19,7 +19,7 @@ from simpy.events import NORMAL, URGENT
 from simulator.deployment import ROLES, AnyReplica, Deployment, Role
 from simulator.errors import PoolError
 from simulator.flows import Flows
-from simulator.handover import Transfer
+from simulator.handover import Transfer, Way
 from simulator.log import Log
 from simulator.roleswitch import MONITOR_S, RoleSwitch
 from simulator.routers import Shares
@@ -195,13 +195,13 @@ class Pools(Together):
                 self._reserve(request, transfer, start_s)
             fresh = before + new - transfer.covered_tokens
             transfer.covered_tokens = before + new
-            nbytes = fresh * self.handover.bytes_per_token(transfer.source, transfer.target)
-            tail = nbytes / self.handover.layers if before + new == whole else 0.0
-            transfer.backlog_bytes += tail
+            # The last layer of the last step is there when the step ends, and goes as if it were tokens of its own.
+            tail = fresh / self.handover.layers if before + new == whole else 0.0
+            transfer.backlog_tokens += tail
             if transfer.lane is None:
-                transfer.backlog_bytes += nbytes - tail
+                transfer.backlog_tokens += fresh - tail
             else:
-                self._send(request, transfer, nbytes - tail, start_s, (nbytes - tail) / (end_s - start_s))
+                self._send(request, transfer, fresh - tail, start_s, within_s=end_s - start_s)
 
     def _finished(self, index: int, request: int) -> None:
         transfer = self.transfers.get(request)
@@ -224,8 +224,7 @@ class Pools(Together):
         self.log.finish_s[request] = nan
         transfer.done = True
         transfer.ready_s = now_s
-        tokens = self.prompts[request] + self.emitted.get(request, 0) - transfer.covered_tokens
-        transfer.backlog_bytes += tokens * self.handover.bytes_per_token(index, transfer.target)
+        transfer.backlog_tokens += self.prompts[request] + self.emitted.get(request, 0) - transfer.covered_tokens
         if transfer.lane is None:
             self.queues[transfer.target].append(request)
             self._admit(transfer.target, now_s)
@@ -252,22 +251,26 @@ class Pools(Together):
 
     def _send_backlog(self, request: int, transfer: Transfer, now_s: float) -> None:
         self._flow_until(now_s)  # while the backlog says that something is still to come
-        nbytes, transfer.backlog_bytes = transfer.backlog_bytes, 0.0
-        self._send(request, transfer, nbytes, now_s)
+        tokens, transfer.backlog_tokens = transfer.backlog_tokens, 0.0
+        self._send(request, transfer, tokens, now_s)
 
-    def _send(
-        self, request: int, transfer: Transfer, nbytes: float, now_s: float, limit_bytes_per_s: float = inf
-    ) -> None:
-        """Start a flow."""
-        route = self.handover.route(transfer.source, transfer.target)
+    def _way(self, transfer: Transfer) -> Way:
+        assert transfer.lane is not None
+        return self.handover.route(transfer.source, transfer.source_lane, transfer.target, transfer.lane)
+
+    def _send(self, request: int, transfer: Transfer, tokens: float, now_s: float, *, within_s: float = 0.0) -> None:
+        """Start a flow of the KV of so many tokens; it is computed in `within_s` and goes no faster than that."""
+        way = self._way(transfer)
+        nbytes = tokens * way.bytes_per_token
+        limit = min(way.limit_bytes_per_s, nbytes / within_s if within_s else inf)
         self._flow_until(now_s)
         flow = self.flows.start(
             max(now_s, self.flows.now_s),
-            tuple(route.links),
+            tuple(way.links),
             nbytes,
-            shares=tuple(route.shares),
-            weight=route.weight,
-            limit_bytes_per_s=limit_bytes_per_s,
+            shares=tuple(way.shares),
+            weight=way.weight,
+            limit_bytes_per_s=limit,
         )
         transfer.flying += 1
         transfer.sent_bytes += nbytes
@@ -292,8 +295,8 @@ class Pools(Together):
             request = self.carried.pop(flow)
             transfer = self.transfers[request]
             transfer.flying -= 1
-            if transfer.done and not transfer.flying and not transfer.backlog_bytes:
-                landing_s = end_s + self.handover.route(transfer.source, transfer.target).latency_s
+            if transfer.done and not transfer.flying and not transfer.backlog_tokens:
+                landing_s = end_s + self._way(transfer).latency_s
                 self._at(landing_s, URGENT, partial(self._land, request, transfer, landing_s))
 
     def _land(self, request: int, transfer: Transfer, now_s: float) -> None:
@@ -427,9 +430,7 @@ class Pools(Together):
         transfer.target = self._pick(others)
         transfer.lane = None
         self.loads[transfer.target].outstanding_tokens += self.prompts[request]
-        transfer.backlog_bytes = transfer.covered_tokens * self.handover.bytes_per_token(
-            transfer.source, transfer.target
-        )
+        transfer.backlog_tokens = transfer.covered_tokens
         for lane in self.replicas[transfer.target].schedulers:
             lane.outputs[request] = self.outputs[request]
             if request in self.emitted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import pytest
@@ -36,6 +37,8 @@ class Straight:
     shares: tuple[float, ...] = (1.0,)
     weight: float = 1.0
     latency_s: float = 0.0
+    bytes_per_token: float = 1.0
+    limit_bytes_per_s: float = inf
 
 
 def model(fixed_s: float) -> StepModel:
@@ -57,7 +60,7 @@ def spec(
 def handover(bytes_per_s: float = 1e15, mode: Mode = "serialized", **changes: object) -> Handover:
     """One link between all replicas; a token of KV is one byte."""
     return Handover(
-        [bytes_per_s], ["link"], lambda _a, _b: Straight(), lambda _a, _b: 1.0, LAYERS, mode,
+        [bytes_per_s], ["link"], lambda *_: Straight(), LAYERS, mode,
         **{"overlap_tokens": 1, **changes},  # type: ignore[arg-type]
     )  # fmt: skip
 

@@ -1,0 +1,49 @@
+"""How the KV of a plan's requests gets from its prefill to its decode pools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hwmodels.hardware import Cluster
+from hwmodels.interconnect import Interconnect
+from hwmodels.shape import ModelShape
+from planner.placing import placed
+from planner.plan import Plan
+from simulator.deployment import ReplicaSpec
+from simulator.handover import Handover
+from simulator.transfers import MOONCAKE_SGLANG, MOONCAKE_VLLM, KvSide, Route, Routes, TransferEngine
+
+#: What the software adds to the links, by the engine whose kernels are used; fitted to vLLM where nothing is published.
+SOFTWARE: Mapping[str, TransferEngine] = {"sglang": MOONCAKE_SGLANG}
+
+
+def handover_of(
+    plan: Plan,
+    specs: list[ReplicaSpec],
+    model: ModelShape,
+    clusters: Mapping[str, Cluster],
+    kernels: str,
+) -> Handover:
+    """The links between the plan's replicas, `specs` in the order of its pools.
+
+    Raises PlanError where the replicas have no room, TransferError (when it is first asked for) where two cannot
+    exchange KV.
+    """
+    names = list(clusters)
+    network = Interconnect([clusters[name] for name in names])
+    pools = [pool for pool in plan.pools for _ in range(pool.replicas)]
+    sides: list[KvSide] = []
+    places: dict[tuple[int, int], int] = {}
+    for index, (pool, spec, (name, devices)) in enumerate(zip(pools, specs, placed(plan, clusters), strict=True)):
+        first = network.firsts[names.index(name)]
+        own = tuple(first + device for device in devices)
+        for lane in range(spec.lanes):
+            group = lane if spec.mapping.attention_dp > 1 else 0
+            places[index, lane] = len(sides)
+            sides.append(KvSide(own, spec.mapping, pool.kv, pool.block_tokens, group))
+    routes = Routes(network, model, sides, SOFTWARE.get(kernels, MOONCAKE_VLLM))
+
+    def route(source: int, source_lane: int, target: int, lane: int) -> Route:
+        return routes.between(places[source, source_lane], places[target, lane])
+
+    return Handover(network.bytes_per_s.tolist(), network.names, route, len(model.layers), plan.transfer)
