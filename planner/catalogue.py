@@ -15,7 +15,9 @@ from hwmodels.memory import Memory, Sizes, plan_memory, replica_sizes, require_f
 from hwmodels.roofline import AnalyticCost
 from hwmodels.shape import ModelShape
 from hwmodels.step_model import CostModel, StepModel, compile_step_model
+from hwmodels.tiles import Cut
 from hwmodels.work import Work
+from planner.encoding import Vision, vision_of, without_encode
 from planner.errors import PlanError
 from planner.links import handover_of
 from planner.plan import Plan, Pool
@@ -135,11 +137,12 @@ class Catalogue:
         return evidence(self.model, mapping, precision_of(pool), self.engine, self.prices(mapping))
 
     def plan_evidence(self, plan: Plan) -> dict[str, float]:
-        """The same of a whole plan: its pools, weighted by their devices."""
+        """The same of a whole plan: its pools of replicas, weighted by their devices."""
         shares: dict[str, float] = {}
-        for pool in plan.pools:
+        gpus = sum(pool.gpus for pool in plan.serving)
+        for pool in plan.serving:
             for source, share in self.of(pool).evidence(pool).items():
-                shares[source] = shares.get(source, 0.0) + share * pool.gpus / plan.gpus_used
+                shares[source] = shares.get(source, 0.0) + share * pool.gpus / gpus
         return shares
 
     def work(self, mapping: Mapping, precision: Precision) -> Work:
@@ -163,13 +166,14 @@ class Catalogue:
         if problem is not None:
             raise MappingError(problem)
 
-    def memory(self, pool: Pool) -> Memory:
-        """Memory of the pool's fullest rank."""
+    def memory(self, pool: Pool, vision: Vision | None = None) -> Memory:
+        """Memory of the pool's fullest rank, with an encoder on its first stage if there is one."""
         key = (mapping_of(pool), precision_of(pool))
         if key not in self._sizes:
             self._sizes[key] = replica_sizes(self.model, *key)
+        sizes = self._sizes[key]
         return plan_memory(
-            self._sizes[key],
+            sizes if vision is None else vision.beside(sizes, pool, self.cluster.device),
             self.cluster.device,
             self.engine,
             token_budget=pool.token_budget,
@@ -177,21 +181,31 @@ class Catalogue:
             block_tokens=pool.block_tokens,
         )
 
-    def require_fit(self, pool: Pool) -> Memory:
+    def require_fit(self, pool: Pool, vision: Vision | None = None) -> Memory:
         """Memory of the pool's fullest rank; raises OutOfMemoryError unless one KV block fits beside the weights."""
-        memory, tokens = self.memory(pool), pool.block_tokens
+        memory, tokens = self.memory(pool, vision), pool.block_tokens
         require_fit(memory, self.model, mapping_of(pool), self.cluster.device, tokens, tokens)
         return memory
 
-    def replica(self, pool: Pool, *, share: float = 1.0, with_work: bool = False) -> ReplicaSpec:
+    def replica(
+        self, pool: Pool, *, share: float = 1.0, with_work: bool = False, vision: Vision | None = None
+    ) -> ReplicaSpec:
         """One replica of the pool, ready to simulate.
 
-        Raises MappingError, SchedulerError, or OutOfMemoryError when no request at all would fit.
+        vision   an encoder that it has beside the model
+
+        Raises MappingError, SchedulerError, OutOfMemoryError when no request at all would fit, or PlanError for a pool
+        without replicas.
         """
+        if pool.role == "encode":
+            raise PlanError("role 'encode': its devices hold no replicas; expected a role that serves requests")
         mapping, precision, scheduler = mapping_of(pool), precision_of(pool), scheduler_of(pool)
         self.check(mapping, precision)
         self.reserve(pool.token_budget, pool.max_seqs)
-        memory = self.require_fit(pool)
+        memory = self.require_fit(pool, vision)
+        encoder = None
+        if vision is not None:
+            encoder = vision.own(pool, self.cluster.device, self.prices(Mapping()), self.engine, with_work=with_work)
         return ReplicaSpec(
             model=self.step_model(mapping, precision),
             mapping=mapping,
@@ -202,26 +216,39 @@ class Catalogue:
             work=self.work(mapping, precision) if with_work else None,
             arithmetic_dtype=precision.activations,
             role=pool.role,
+            encoder=encoder,
         )
 
     def of(self, pool: Pool) -> Catalogue:
         """The catalogue of the pool's devices."""
         return self if pool.hardware is None else self.others.get(pool.hardware, self)
 
-    def deployment(self, plan: Plan, *, with_work: bool = False) -> Deployment:
+    def deployment(self, plan: Plan, *, with_work: bool = False, image: Cut | None = None) -> Deployment:
         """All replicas of the plan behind its router.
 
-        Raises MappingError, SchedulerError, OutOfMemoryError, or PlanError where replicas that exchange KV find no room.
+        image   how the requests' images are cut, in a plan with an encoder
+
+        Raises MappingError, SchedulerError, OutOfMemoryError, or PlanError where replicas that exchange KV find no
+        room.
         """
         specs: list[ReplicaSpec] = []
-        for pool in plan.pools:
+        vision, encode_pool = vision_of(plan, image), plan.encode_pool
+        for pool in plan.serving:
             share = float(pool.gpus_per_replica) if pool.share is None else pool.share
-            specs += [self.of(pool).replica(pool, share=share, with_work=with_work)] * pool.replicas
-        handover = None
+            own = None if encode_pool is not None or pool.role == "decode" else vision
+            spec = self.of(pool).replica(pool, share=share, with_work=with_work, vision=own)
+            specs += [spec] * pool.replicas
+        clusters = {plan.hardware: self.cluster, **{name: one.cluster for name, one in self.others.items()}}
+        handover = encode = None
         if plan.disaggregated:
-            clusters = {plan.hardware: self.cluster, **{name: one.cluster for name, one in self.others.items()}}
-            handover = handover_of(plan, specs, self.model, clusters, self.engine.kernels["default"])
-        return Deployment(specs, ROUTERS[plan.router], self.engine.request_overhead_s, handover)
+            serving = without_encode(plan)
+            handover = handover_of(serving, specs, self.model, clusters, self.engine.kernels["default"])
+        if vision is not None and encode_pool is not None:
+            prices = self.of(encode_pool).prices(Mapping())
+            encode = vision.workers(plan, encode_pool, clusters, prices, self.engine, with_work=with_work)
+        return Deployment(
+            specs, ROUTERS[plan.router], self.engine.request_overhead_s, handover, encode=encode
+        )
 
 
 def format_problem(cluster: Cluster, precision: Precision) -> str | None:

@@ -8,8 +8,10 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from simulator.deployment import Role
 from simulator.handover import Mode
+
+#: What the devices of a pool do: what simulator.deployment.Role says of replicas, or encode images.
+PoolRole = Literal["aggregated", "prefill", "decode", "mixed", "encode"]
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -26,8 +28,11 @@ class Pool:
     max_context_tokens    longest prompt + output the engine accepts
     share                 requests one replica gets, relative to those of other pools; None for its number of devices
     role                  aggregated serves whole requests, prefill computes prompts whose KV goes to a decode pool,
-                          mixed does what either has no room for
+                          mixed does what either has no room for, encode turns images into tokens: its replicas are
+                          workers of one device with the plan's encoder and no language model
     hardware              device or cluster profile; None for the plan's
+    batch_tiles           tiles of images that a device encodes at once, where there is an encoder
+    spread                encode workers that the tiles of one request are spread over at most; None for all
     """
 
     replicas: int
@@ -47,8 +52,10 @@ class Pool:
     block_tokens: int = 16
     max_context_tokens: int = 32768
     share: float | None = None
-    role: Role = "aggregated"
+    role: PoolRole = "aggregated"
     hardware: str | None = None
+    batch_tiles: int = 16
+    spread: int | None = None
 
     @property
     def gpus_per_replica(self) -> int:
@@ -71,6 +78,8 @@ class Plan:
     engine     name of an engine profile
     also       other devices at hand, by profile name, for pools that name their hardware
     transfer   how KV goes from prefill to decode pools: layer by layer while prompts are computed, or afterwards
+    encoder    name of a vision encoder or path of its profile, for requests with images; without a pool that encodes, the
+               replicas that prefill hold it and encode before they prefill
     """
 
     model: str
@@ -81,12 +90,23 @@ class Plan:
     router: Literal["round-robin", "random", "least-tokens", "power-of-two"] = "round-robin"
     also: dict[str, int] = field(default_factory=dict)
     transfer: Mode = "layer-wise"
+    encoder: str | None = None
     version: int = 2
 
     @property
     def gpus_used(self) -> int:
-        """Devices that hold a replica."""
+        """Devices that hold a replica or encode."""
         return sum(pool.gpus for pool in self.pools)
+
+    @property
+    def serving(self) -> tuple[Pool, ...]:
+        """The pools that hold replicas of the language model."""
+        return tuple(pool for pool in self.pools if pool.role != "encode")
+
+    @property
+    def encode_pool(self) -> Pool | None:
+        """The pool that encodes images, if there is one."""
+        return next((pool for pool in self.pools if pool.role == "encode"), None)
 
     @property
     def devices(self) -> dict[str, int]:
@@ -96,6 +116,11 @@ class Plan:
     def hardware_of(self, pool: Pool) -> str:
         """The profile of the pool's devices."""
         return pool.hardware or self.hardware
+
+    @property
+    def idle(self) -> int:
+        """Devices at hand that hold no replica."""
+        return sum(self.devices.values()) - self.gpus_used
 
     @property
     def disaggregated(self) -> bool:

@@ -8,11 +8,13 @@ from typing import Literal, get_args
 
 from planner.errors import PlanError
 from planner.space import Choices
+from simulator.handover import Mode
 from simulator.limits import Limit
 from simulator.routers import ROUTERS
 from simulator.workload import Requests
 
 Objective = Literal["goodput-per-gpu", "fewest-gpus", "cost", "energy", "latency"]
+Serving = Literal["aggregated", "disaggregated", "shared", "any"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,11 @@ class Question:
 
     model, hardware, engine   names of shipped profiles or paths
     gpus          devices at hand
+    also          other devices at hand, by profile name
+    serving       aggregated: every replica serves whole requests; disaggregated: prefill and decode pools; shared:
+                  prefill and decode at once on shares of a device's processors; any: whichever is best
+    transfer      how KV goes from prefill to decode pools
+    budget_usd_per_h, budget_w   what the devices in use may cost and draw
     requests      the traffic; its arrival times are stretched to rate_per_s
     rate_per_s    requests per second that must be served; None for the traffic's own rate
     limits        what every class of requests is promised (TTFT, TPOT, E2E)
@@ -51,11 +58,23 @@ class Question:
     jobs: int | None = None
     cost: str = "calibrated"
     keep: int = 10
+    also: dict[str, int] = field(default_factory=dict)
+    serving: Serving = "aggregated"
+    transfer: Mode = "layer-wise"
+    budget_usd_per_h: float | None = None
+    budget_w: float | None = None
 
     def __post_init__(self) -> None:
         """Raise PlanError for a question that cannot be meant."""
         if self.objective not in get_args(Objective):
             raise PlanError(f"objective {self.objective!r}: expected one of {', '.join(get_args(Objective))}")
+        if self.serving not in get_args(Serving):
+            raise PlanError(f"serving {self.serving!r}: expected one of {', '.join(get_args(Serving))}")
+        for name, budget in (("budget_usd_per_h", self.budget_usd_per_h), ("budget_w", self.budget_w)):
+            if budget is not None and not (isfinite(budget) and budget > 0):
+                raise PlanError(f"{name} {budget}: expected a finite number above 0")
+        if self.transfer not in get_args(Mode):
+            raise PlanError(f"transfer {self.transfer!r}: expected one of {', '.join(get_args(Mode))}")
         if self.router not in ROUTERS:
             raise PlanError(f"router {self.router!r}: expected one of {', '.join(ROUTERS)}")
         if self.rate_per_s is not None and not (isfinite(self.rate_per_s) and self.rate_per_s > 0):
@@ -80,6 +99,11 @@ class Question:
                 raise PlanError(
                     "limit on itl: a search is limited by ttft, tpot and e2e; see itl with 'shardwise simulate'"
                 )
+
+    @property
+    def devices(self) -> dict[str, int]:
+        """All devices at hand, by profile name."""
+        return {self.hardware: self.gpus, **self.also}
 
     @property
     def demanded_per_s(self) -> float:

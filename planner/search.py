@@ -11,6 +11,7 @@ from math import inf, isfinite
 from typing import TypeVar
 
 from planner.catalogue import Catalogue, mapping_of, open_catalogue, precision_of
+from planner.crossover import Crossover
 from planner.errors import NoFeasiblePlanError
 from planner.estimate import estimate_rate_per_s
 from planner.mix import Kind, best_mix
@@ -80,6 +81,44 @@ class Point:
     tokens_per_s_per_user: float
 
 
+def front(points: Iterable[Point]) -> tuple[Point, ...]:
+    """The points that no other one beats in both throughput and speed."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p.tokens_per_s_per_gpu, -p.tokens_per_s_per_user)):
+        if not kept or point.tokens_per_s_per_user > kept[-1].tokens_per_s_per_user:
+            kept.append(point)
+    return tuple(kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One way of serving: aggregated, disaggregated or shared.
+
+    best          its best plan within the limits, None if there is none; problem says why
+    predicted_per_s, gap   rate of the best plan by the integer program that sized it and the program's relative gap;
+                  None where plans were searched one by one
+    held_by       rows of the program that hold the rate down, heaviest first
+    strained_by   the limit that the best plan comes nearest to in its trial
+    wall_s        of looking for it
+    """
+
+    name: str
+    best: Ranked | None
+    problem: str = ""
+    predicted_per_s: float | None = None
+    gap: float | None = None
+    held_by: tuple[str, ...] = ()
+    strained_by: Limit | None = None
+    wall_s: float = 0.0
+
+    @property
+    def rate_per_s(self) -> float | None:
+        """The highest rate its best plan was simulated to keep, or the demanded one where that was not asked for."""
+        if self.best is None:
+            return None
+        return self.best.capacity_per_s or self.best.trial.rate_per_s
+
+
 @dataclass(frozen=True, slots=True)
 class SearchResult:
     """The answer.
@@ -90,6 +129,8 @@ class SearchResult:
     untried       plans whose bound leaves room above the best, but that there was no time for
     gap           by how much, as a fraction of the best, any of these can still be better
     points        operating points seen on the way that no other one beats in both throughput and speed
+    families      ways of serving that were compared, the best first; empty where only aggregated plans were asked for
+    crossover     the best two ways of serving over request rates, None where there are none
     """
 
     question: Question
@@ -103,6 +144,8 @@ class SearchResult:
     points: tuple[Point, ...]
     evidence: dict[str, float]
     wall_s: float
+    families: tuple[Family, ...] = ()
+    crossover: Crossover | None = None
 
     @property
     def best(self) -> Ranked:
@@ -216,7 +259,7 @@ class Search:
             trials=len(self.trials),
             untried=len(left),
             gap=(max(left) - best) / abs(best) if left and best else 0.0,
-            points=tuple(self._front()),
+            points=self._front(),
             evidence=self._evidence(),
             wall_s=time.perf_counter() - self.started,
         )
@@ -484,19 +527,14 @@ class Search:
         within = order[0].score - question.tolerance * abs(order[0].score) if order else 0.0
         return [replace(ranked, tie=place > 0 and ranked.score >= within) for place, ranked in enumerate(order)]
 
-    def _front(self) -> list[Point]:
+    def _front(self) -> tuple[Point, ...]:
         """Operating points within the limits that no other beats in both throughput per device and speed per user."""
         points = [
             Point(plan, t.rate_per_s, t.output_tokens_per_s / plan.gpus_used, 1 / t.mean_tpot_s)
             for plan, t in self.trials
             if t.meets and t.mean_tpot_s > 0
         ]
-        points.sort(key=lambda p: (-p.tokens_per_s_per_gpu, -p.tokens_per_s_per_user))
-        front: list[Point] = []
-        for point in points:
-            if not front or point.tokens_per_s_per_user > front[-1].tokens_per_s_per_user:
-                front.append(point)
-        return front
+        return front(points)
 
     def _evidence(self) -> dict[str, float]:
         """What the best plan's prices rest on."""

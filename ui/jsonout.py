@@ -4,8 +4,9 @@ Every object has `version` (1). Times are seconds, sizes bytes, rates per second
 Within a version keys are added, never renamed or removed.
 
 shardwise plan
-    question     model, hardware, gpus, engine, router, traffic, requests, rate_per_s (null: none demanded), limits,
-                 objective, seed, seconds, tolerance
+    question     model, hardware, gpus, also {hardware: gpus}, serving, transfer, budget_usd_per_h, budget_w, engine,
+                 router, traffic, requests, rate_per_s (null: none demanded), limits, objective, seed, seconds,
+                 tolerance
     best         the first of `ranked`, and `metrics` and `totals` of it simulated with all its steps at `rate_per_s`,
                  as in `shardwise simulate`
     ranked       list of {plan, words, gpus_used, idle_gpus, value, unit, bound, tie, capacity_per_s, rate_per_s,
@@ -17,6 +18,12 @@ shardwise plan
     pareto       list of {plan, words, rate_per_s, tokens_per_s_per_gpu, tokens_per_s_per_user}
     evidence     {source of prices: share of a step's time}
     wall_s       of the search
+    serving      ways of serving compared, best first: list of {name, plan, value, rate_per_s, predicted_per_s (by the
+                 program that sized the pools), gap (of that program), held_by (its tight rows), strained_by (the limit
+                 nearest to broken when simulated), problem (why there is no plan), wall_s}
+    crossover    null, or the first two ways over request rates: {first, second: lists of {rate_per_s, worst (a limit's
+                 statistic over its limit), limit, values_s, mean_e2e_s}, crossings: list of {rate_per_s, second_ahead
+                 (whether the second is the less strained above it)}}
 
 shardwise simulate
     plan, words
@@ -81,8 +88,9 @@ if TYPE_CHECKING:
     from hwmodels.huggingface import ModelProfile
     from hwmodels.shape import ModelShape
     from planner import Plan, SearchResult
+    from planner.crossover import Crossover
     from planner.explain import Explanation
-    from planner.search import Ranked
+    from planner.search import Family, Ranked
     from simulator.limits import Limit
     from simulator.metrics import Metrics
     from simulator.result import RunTotals
@@ -112,6 +120,11 @@ def plan_object(result: SearchResult, traffic: str, metrics: Metrics, totals: Ru
             "model": question.model,
             "hardware": question.hardware,
             "gpus": question.gpus,
+            "also": dict(question.also),
+            "serving": question.serving,
+            "transfer": question.transfer,
+            "budget_usd_per_h": question.budget_usd_per_h,
+            "budget_w": question.budget_w,
             "engine": question.engine,
             "router": question.router,
             "traffic": traffic,
@@ -143,7 +156,44 @@ def plan_object(result: SearchResult, traffic: str, metrics: Metrics, totals: Ru
         ],
         "evidence": dict(result.evidence),
         "wall_s": result.wall_s,
+        "serving": [_family(family) for family in result.families],
+        "crossover": _crossover(result.crossover),
     }
+
+
+def _family(family: Family) -> dict[str, Any]:
+    best = family.best
+    return {
+        "name": family.name,
+        "plan": None if best is None else asdict(best.plan),
+        "value": None if best is None else best.value,
+        "rate_per_s": family.rate_per_s,
+        "predicted_per_s": family.predicted_per_s,
+        "gap": family.gap,
+        "held_by": list(family.held_by),
+        "strained_by": None if family.strained_by is None else str(family.strained_by),
+        "problem": family.problem or None,
+        "wall_s": family.wall_s,
+    }
+
+
+def _crossover(found: Crossover | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    lines = {
+        which: [
+            {
+                "rate_per_s": strain.rate_per_s,
+                "worst": strain.worst,
+                "limit": str(strain.limit),
+                "values_s": list(strain.values_s),
+                "mean_e2e_s": strain.mean_e2e_s,
+            }
+            for strain in strains
+        ]
+        for which, strains in (("first", found.first), ("second", found.second))
+    }
+    return {**lines, "crossings": [{"rate_per_s": rate, "second_ahead": ahead} for rate, ahead in found.crossings]}
 
 
 def _ranked(result: SearchResult, entry: Ranked) -> dict[str, Any]:
@@ -152,7 +202,7 @@ def _ranked(result: SearchResult, entry: Ranked) -> dict[str, Any]:
         "plan": asdict(plan),
         "words": in_words(plan),
         "gpus_used": plan.gpus_used,
-        "idle_gpus": plan.gpus - plan.gpus_used,
+        "idle_gpus": plan.idle,
         "value": entry.value,
         "unit": result.unit,
         "bound": entry.bound,

@@ -91,6 +91,25 @@ def numbers(option: str, text: str, most: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def devices(hardware: str, gpus: int | None) -> dict[str, int]:
+    """The devices at hand from `h100-sxm` with --gpus, or from a list such as `h100-sxm:16,a100-80-sxm:16`."""
+    found: dict[str, int] = {}
+    listed = "," in hardware or hardware.rpartition(":")[2].isdecimal()
+    if not listed:
+        return {hardware: gpus or GPUS}
+    if gpus is not None:
+        raise OptionError(f"--hardware {hardware} with --gpus {gpus}: expected the counts in one place")
+    for word in hardware.split(","):
+        name, _, count = word.strip().rpartition(":")
+        if not name or not count.isdecimal() or len(count) > 7 or int(count) < 1 or name in found:
+            raise OptionError(
+                f"--hardware {hardware}: {word!r} found, expected different names with counts, such as "
+                "h100-sxm:16,a100-80-sxm:16"
+            )
+        found[name] = int(count)
+    return found
+
+
 def policies(text: str) -> tuple[Policy, ...]:
     """Scheduling policies between commas."""
     found: list[Policy] = []
@@ -168,7 +187,7 @@ def located(model: str) -> str:
 def opened(path: Path, cost: str = "calibrated") -> tuple[Plan, Catalogue]:
     """A plan file and what its plan is made of; raises a ShardwiseError for one that cannot be simulated."""
     plan = read_plan(path)
-    catalogue = open_catalogue(plan.model, plan.hardware, plan.gpus, plan.engine, cost)
+    catalogue = open_catalogue(plan.model, plan.hardware, plan.gpus, plan.engine, cost, plan.also)
     for index, pool in enumerate(plan.pools):
         most = {
             "token_budget": MOST_TOKENS, "max_seqs": MOST_SEQS, "max_context_tokens": catalogue.model.max_context_tokens

@@ -13,7 +13,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ui.words import in_short, in_words, kept, number, percent, printable, replicas, scaled, scheduling, seconds, shares
+from ui.servingtables import show_serving
+from ui.words import (
+    at_hand,
+    in_short,
+    in_words,
+    kept,
+    number,
+    percent,
+    printable,
+    replicas,
+    scaled,
+    scheduling,
+    seconds,
+    shares,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,13 +85,14 @@ def show_plan(out: Console, result: SearchResult, traffic: str, metrics: Metrics
     promised = ", ".join(map(str, question.limits)) or "no limits"
     say(
         out,
-        f"{question.model} on {question.gpus} x {question.hardware}, {len(question.requests):,} requests of {traffic} "
+        f"{question.model} on {at_hand(question.devices)}, {len(question.requests):,} requests of {traffic} "
         f"at {demand}; {promised}; objective {question.objective} ({result.unit})",
     )
     _show_ranking(out, result)
     say(out, f"Best: {in_words(best.plan)}", "bold green")
     say(out, f"  {_worth(result)}")
     show_metrics(out, f"The best plan at {best.trial.rate_per_s:.3g} requests/s", metrics, totals)
+    show_serving(out, result)
     say(out, _searched(result))
     say(out, _proof(result), "bold")
     if result.points:
@@ -95,7 +110,7 @@ def _show_ranking(out: Console, result: SearchResult) -> None:
     """One row per plan, ties with the best marked '='; columns that would say the same everywhere are left out."""
     ranking, limits = result.ranked, result.question.limits
     formats = [" + ".join(dict.fromkeys(kept(pool) for pool in ranked.plan.pools)) for ranked in ranking]
-    idle = [ranked.plan.gpus - ranked.plan.gpus_used for ranked in ranking]
+    idle = [ranked.plan.idle for ranked in ranking]
     columns = {
         "": ["=" if ranked.tie else str(position) for position, ranked in enumerate(ranking, 1)],
         "plan": [in_short(ranked.plan) for ranked in ranking],
@@ -165,7 +180,7 @@ def show_simulation(
     replications: pd.DataFrame | None,
 ) -> None:
     """All metrics of one run, and intervals over several."""
-    say(out, f"{plan.model} on {plan.hardware}: {in_words(plan)}; {traffic}")
+    say(out, f"{plan.model} on {' and '.join(plan.devices)}: {in_words(plan)}; {traffic}")
     show_metrics(out, "Requests", metrics, totals)
     for limit, met in limits.items():
         say(out, f"  {limit}: {'kept' if met else 'BROKEN'}", "green" if met else "bold red")
@@ -221,7 +236,7 @@ def _latencies(name: str, found: ClassMetrics, several: bool) -> list[list[str]]
 
 def show_explanation(out: Console, plan: Plan, pools: Sequence[Explanation]) -> None:
     """Memory and steps of every pool."""
-    say(out, f"{plan.model} on {plan.hardware}: {in_words(plan)}")
+    say(out, f"{plan.model} on {' and '.join(plan.devices)}: {in_words(plan)}")
     for found in pools:
         memory = found.memory
         parts = {

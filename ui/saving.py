@@ -74,7 +74,7 @@ def ranking_text(result: SearchResult) -> str:
             )
         ]
         writer.writerow(
-            [rank, int(ranked.tie), in_short(plan), plan.gpus_used, plan.gpus - plan.gpus_used, *together,
+            [rank, int(ranked.tie), in_short(plan), plan.gpus_used, plan.idle, *together,
              ranked.value, result.unit, ranked.bound, ranked.capacity_per_s, trial.rate_per_s, trial.goodput_per_s,
              trial.output_tokens_per_s, trial.mean_tpot_s, trial.mean_e2e_s]
         )  # fmt: skip

@@ -31,9 +31,30 @@ def replicas(pool: Pool) -> str:
     return f"{pool.replicas} {'replica' if pool.replicas == 1 else 'replicas'} of {cut(pool)}"
 
 
+def workers(pool: Pool) -> str:
+    """An encode pool, such as '6 encode workers on l40s'."""
+    where = f" on {pool.hardware}" if pool.hardware else ""
+    return f"{pool.replicas} encode {'worker' if pool.replicas == 1 else 'workers'}{where}"
+
+
+def part(pool: Pool) -> str:
+    """What the pool does and on what, in front of how it is cut; nothing for plain replicas on the plan's devices.
+
+    Such as 'prefill ' or 'decode on a100-80-sxm '.
+    """
+    words: list[str] = [pool.role] if pool.role != "aggregated" else []
+    words += [f"on {pool.hardware}"] if pool.hardware else []
+    return "".join(f"{word} " for word in words)
+
+
+def at_hand(devices: Mapping[str, int]) -> str:
+    """Devices, such as '16 x h100-sxm and 16 x a100-80-sxm'."""
+    return " and ".join(f"{count} x {name}" for name, count in devices.items())
+
+
 def in_short(plan: Plan) -> str:
-    """How the plan cuts the model, such as '4 x tp=4'."""
-    return " + ".join(f"{pool.replicas} x {cut(pool)}" for pool in plan.pools)
+    """How the plan cuts the model, such as '4 x tp=4' or '2 x prefill tp=4 + 1 x decode tp=8'."""
+    return " + ".join(f"{pool.replicas} x {part(pool)}{cut(pool)}" for pool in plan.pools)
 
 
 def scheduling(plan: Plan) -> str:
@@ -44,11 +65,11 @@ def scheduling(plan: Plan) -> str:
 def in_words(plan: Plan) -> str:
     """What the plan runs, such as '4 replicas of tp=4 (chunked, ...) on 16 GPUs; 0 idle'."""
     kinds = [
-        f"{replicas(pool)} ({pool.policy}, up to {pool.max_seqs} sequences and {pool.token_budget} tokens a step, "
-        f"{kept(pool)})"
+        f"{part(pool)}{replicas(pool)} ({pool.policy}, up to {pool.max_seqs} sequences and {pool.token_budget} tokens "
+        f"a step, {kept(pool)})"
         for pool in plan.pools
     ]
-    return f"{' + '.join(kinds)} on {plan.gpus_used} of {plan.gpus} GPUs; {plan.gpus - plan.gpus_used} idle"
+    return f"{' + '.join(kinds)} on {plan.gpus_used} of {sum(plan.devices.values())} GPUs; {plan.idle} idle"
 
 
 def seconds(value: float | None) -> str:

@@ -88,7 +88,7 @@ def pool(**changes):
         ({**PLAN, "gpus": 7}, ["gpus is 7", "at least the 8"]),
         ({**PLAN, "gpus": 0}, ["gpus is 0"]),
         ({**PLAN, "model": "a\nb"}, ["model is 'a\\nb'"]),
-        ({**PLAN, "version": 2}, ["version is 2", "expected 1 to 1"]),
+        ({**PLAN, "version": 3}, ["version is 3", "expected 1 to 2"]),
         ({**PLAN, "version": "new"}, ["version is 'new'"]),
         ([PLAN], ["not a mapping"]),
         (None, ["is empty"]),

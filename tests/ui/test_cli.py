@@ -48,7 +48,7 @@ def test_plan_prints_one_object_and_saves_it(capsys, tmp_path):
     found = answer(capsys, "plan", *SMALL, *FEW, "--save", str(folder))
     assert set(found) == {
         *("version", "question", "best", "ranked", "considered", "pruned", "simulated", "trials", "untried", "gap"),
-        *("pareto", "evidence", "wall_s"),
+        *("pareto", "evidence", "wall_s", "serving", "crossover"),
     }
     best = found["best"]
     assert best["value"] == max(entry["value"] for entry in found["ranked"])

@@ -1,0 +1,298 @@
+"""Which way of serving wins: whole requests on every replica, separate pools for prompts and answers, or shares?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from math import floor
+
+from planner.catalogue import Catalogue, open_catalogue
+from planner.crossover import Crossover, crossover
+from planner.errors import NoFeasiblePlanError
+from planner.options import Option
+from planner.plan import Plan, Pool
+from planner.question import Question
+from planner.search import Family, Point, Progress, Ranked, SearchResult, front, search
+from planner.sizing import Sizings, aggregated_option, options_of, sized
+from planner.trial import attempt
+from simulator.limits import Limit
+
+#: Share of the time of a search that each way of serving gets when all are asked for, beside the aggregated one.
+BESIDE = 1.0
+
+
+def answer(question: Question, progress: Progress | None = None) -> SearchResult:
+    """The best plan for the question, over the ways of serving that it allows.
+
+    Raises ProfileError for unknown names and NoFeasiblePlanError where nothing keeps the limits or the budget.
+    """
+    tell = progress or (lambda _what, _share: None)
+    if question.serving == "aggregated" and not question.also:
+        return search(affordable(question), tell)
+    return _Comparison(question, tell).result()
+
+
+def affordable(question: Question) -> Question:
+    """The question with as many devices of its one kind as the budget allows."""
+    if question.budget_usd_per_h is None and question.budget_w is None:
+        return question
+    device = open_catalogue(question.model, question.hardware, 1, question.engine).cluster.device
+    gpus = question.gpus
+    if question.budget_usd_per_h is not None:
+        if device.price_usd_per_h is None:
+            raise NoFeasiblePlanError(
+                f"budget of {question.budget_usd_per_h:g} USD/h: {device.name} has no price; give its profile a "
+                "price_usd_per_h"
+            )
+        gpus = min(gpus, floor(question.budget_usd_per_h / device.price_usd_per_h + 1e-9))
+    if question.budget_w is not None:
+        gpus = min(gpus, floor(question.budget_w / device.tdp_w + 1e-9))
+    if gpus < 1:
+        each = f"{device.price_usd_per_h or 0:g} USD/h and {device.tdp_w / 1000:g} kW"
+        raise NoFeasiblePlanError(
+            f"budget of {_budget_words(question)}: does not pay for one {device.name}, which takes {each}; raise it"
+        )
+    return replace(question, gpus=gpus)
+
+
+def _budget_words(question: Question) -> str:
+    parts = []
+    if question.budget_usd_per_h is not None:
+        parts.append(f"{question.budget_usd_per_h:g} USD/h")
+    if question.budget_w is not None:
+        parts.append(f"{question.budget_w / 1000:g} kW")
+    return " and ".join(parts)
+
+
+class _Comparison:
+    """One question over several ways of serving; `result` runs it."""
+
+    def __init__(self, question: Question, progress: Progress) -> None:
+        self.question = question
+        self.progress = progress
+        self.started = time.perf_counter()
+        self.catalogue: Catalogue = open_catalogue(
+            question.model, question.hardware, question.gpus, question.engine, question.cost, question.also
+        )
+        self.total = sum(question.devices.values())
+        self.searches: dict[str, SearchResult] = {}
+        self.families: list[Family] = []
+        self.ranked: list[Ranked] = []
+        self.points: list[Point] = []
+        self.trials = self.simulated = self.considered = 0
+        self.problems: list[str] = []
+
+    def result(self) -> SearchResult:
+        """Every way of serving that is asked for, in one ranking."""
+        serving = self.question.serving
+        aggregated: dict[str, tuple[Pool, Option]] = {}
+        if serving in ("aggregated", "any"):
+            aggregated = self._aggregated()
+        if serving in ("disaggregated", "any"):
+            self._disaggregated(aggregated)
+        return self._together()
+
+    # One way of serving each
+
+    def _aggregated(self) -> dict[str, tuple[Pool, Option]]:
+        """Plans of whole requests, searched for each kind of device; the replicas that were measured, as options."""
+        question = self.question
+        options: dict[str, tuple[Pool, Option]] = {}
+        best: Ranked | None = None
+        started = time.perf_counter()
+        problem = ""
+        for name, gpus in question.devices.items():
+            alone = replace(question, hardware=name, gpus=gpus, also={}, serving="aggregated")
+            if question.also and question.objective == "goodput-per-gpu":
+                alone = replace(alone, rate_per_s=None)  # each kind of device need not serve it all
+            try:
+                found = search(affordable(alone), self.progress)
+            except NoFeasiblePlanError as error:
+                problem = problem or str(error)
+                continue
+            self.searches[name] = found
+            self.points += found.points
+            catalogue = self.catalogue if name == question.hardware else self.catalogue.others[name]
+            for ranked in found.ranked:
+                mine = self._at_home(ranked, name, gpus)
+                if not question.also:
+                    self.ranked.append(mine)
+                best = max((b for b in (best, mine) if b is not None), key=lambda r: r.score)
+                if ranked.capacity_per_s is not None and len(ranked.plan.pools) == 1:
+                    pool = replace(ranked.plan.pools[0], hardware=None if name == question.hardware else name)
+                    key = f"aggregated {name} {len(options)}"
+                    each = ranked.capacity_per_s / pool.replicas
+                    options[key] = pool, aggregated_option(key, pool, name, catalogue, each)
+        if question.also and options:
+            self._size("aggregated", options)
+        else:
+            strained = _nearest(best, question.limits) if best is not None else None
+            wall_s = time.perf_counter() - started
+            self.families.append(Family("aggregated", best, problem, strained_by=strained, wall_s=wall_s))
+            if problem:
+                self.problems.append(problem)
+        return options
+
+    def _at_home(self, ranked: Ranked, hardware: str, gpus: int) -> Ranked:
+        """A plan for one kind of device as one for all devices at hand."""
+        question = self.question
+        pools = tuple(
+            replace(pool, hardware=None if hardware == question.hardware else hardware) for pool in ranked.plan.pools
+        )
+        plan = replace(
+            ranked.plan, hardware=question.hardware, gpus=question.gpus, also=question.also, pools=pools
+        )  # fmt: skip
+        if question.objective != "goodput-per-gpu":
+            return replace(ranked, plan=plan)
+        part = self.searches[hardware].question.gpus / self.total
+        return replace(
+            ranked, plan=plan, value=ranked.value * part, score=ranked.score * part, bound=ranked.bound * part
+        )  # fmt: skip
+
+    def _disaggregated(self, aggregated: dict[str, tuple[Pool, Option]]) -> None:
+        """Pools of prefill and decode replicas, with whole-request replicas beside them where those are known."""
+        question, catalogue = self.question, self.catalogue
+        self.progress("sizing prefill and decode pools", 0.0)
+        options = options_of(question, catalogue, None)
+        for name, other in catalogue.others.items():
+            options |= options_of(question, other, name)
+        self.considered += len(options)
+        self._size("disaggregated", options | aggregated)
+
+    def _size(self, name: str, options: dict[str, tuple[Pool, Option]]) -> None:
+        question = self.question
+        started = time.perf_counter()
+        try:
+            found = sized(question, self.catalogue, options, until_s=time.perf_counter() + BESIDE * question.seconds)
+        except NoFeasiblePlanError as error:
+            self.families.append(Family(name, None, str(error), wall_s=time.perf_counter() - started))
+            self.problems.append(str(error))
+            return
+        self.trials += sum(len(one.trials) for one in found.sized)
+        self.simulated += len(found.sized)
+        ranked = self._ranked(name, found)
+        self.ranked += ranked
+        self.families.append(self._family(name, found, ranked, time.perf_counter() - started))
+
+    def _ranked(self, name: str, found: Sizings) -> list[Ranked]:
+        """The sized plans that kept the limits, those that serve as the family's name says."""
+        question = self.question
+        ranked = []
+        for one in found.sized:
+            for trial in one.trials:
+                if trial.meets and trial.mean_tpot_s > 0:
+                    per_gpu = trial.output_tokens_per_s / one.plan.gpus_used
+                    self.points.append(Point(one.plan, trial.rate_per_s, per_gpu, 1 / trial.mean_tpot_s))
+            if one.trial is None or one.rough or one.plan.disaggregated != (name == "disaggregated"):
+                continue
+            trial, asked = one.trial, None
+            if question.objective == "goodput-per-gpu":
+                value = trial.goodput_per_s / self.total
+                if question.rate_per_s is not None:
+                    deployment = self.catalogue.deployment(one.plan)
+                    asked = attempt(
+                        deployment, question.requests, question.rate_per_s, question.limits, question.seed
+                    )  # fmt: skip
+                ranked.append(Ranked(one.plan, value, value, float("inf"), asked or trial, trial.goodput_per_s))
+                continue
+            value = self._value(one.plan, trial.output_tokens_per_s, trial.mean_e2e_s)
+            ranked.append(Ranked(one.plan, value, -value, 0.0, trial))
+        return ranked
+
+    def _value(self, plan: Plan, tokens_per_s: float, mean_e2e_s: float) -> float:
+        """The objective of a plan at the demanded rate."""
+        if self.question.objective == "fewest-gpus":
+            return float(plan.gpus_used)
+        if self.question.objective == "latency":
+            return mean_e2e_s
+        devices = [(self.catalogue.of(pool).cluster.device, pool.gpus) for pool in plan.pools]
+        if self.question.objective == "cost":
+            per_h = sum((device.price_usd_per_h or 0.0) * gpus for device, gpus in devices)
+            return per_h / 3600 / tokens_per_s * 1e6
+        return sum(device.tdp_w * gpus for device, gpus in devices) / tokens_per_s
+
+    def _family(self, name: str, found: Sizings, ranked: list[Ranked], wall_s: float) -> Family:
+        question = self.question
+        if not ranked:
+            point = found.sized[0].point if found.sized else found.program.best
+            problem = f"none of {len(found.sized)} sizings kept the limits when simulated"
+            return Family(
+                name, None, problem, point.rate_per_s, found.program.best.gap,
+                tuple(row.name for row in point.tight), wall_s=wall_s,
+            )  # fmt: skip
+        best = max(ranked, key=lambda r: r.score)
+        one = next(one for one in found.sized if one.plan == best.plan)
+        return Family(
+            name,
+            best,
+            "",
+            one.point.rate_per_s,
+            found.program.best.gap,
+            tuple(row.name for row in one.point.tight),
+            _nearest(best, question.limits),
+            wall_s,
+        )
+
+    # All of them
+
+    def _together(self) -> SearchResult:
+        """The ranking over all ways of serving, and where the best two change places."""
+        question = self.question
+        if not self.ranked:
+            raise NoFeasiblePlanError(self.problems[0] if self.problems else "no plan keeps the limits; relax one")
+        order = sorted(self.ranked, key=lambda r: (-r.score, r.plan.gpus_used, r.trial.mean_e2e_s))[: question.keep]
+        best = order[0]
+        within = best.score - question.tolerance * abs(best.score)
+        ranked = tuple(replace(r, tie=place > 0 and r.score >= within) for place, r in enumerate(order))
+        self.families.sort(key=lambda family: -family.best.score if family.best is not None else float("inf"))
+        alone = list(self.searches.values())
+        return SearchResult(
+            question=question,
+            ranked=ranked,
+            considered=self.considered + sum(found.considered for found in alone),
+            pruned=_summed([found.pruned for found in alone]),
+            simulated=self.simulated + sum(found.simulated for found in alone),
+            trials=self.trials + sum(found.trials for found in alone),
+            untried=sum(found.untried for found in alone),
+            gap=self._gap(best),
+            points=front(self.points),
+            evidence=self.catalogue.plan_evidence(best.plan),
+            wall_s=time.perf_counter() - self.started,
+            families=tuple(self.families),
+            crossover=self._crossover(),
+        )
+
+    def _gap(self, best: Ranked) -> float:
+        """By how much an aggregated plan that was not tried can still beat the best plan of all."""
+        gaps = []
+        for found in self.searches.values():
+            part = found.question.gpus / self.total if self.question.objective == "goodput-per-gpu" else 1.0
+            highest = (found.best.score + found.gap * abs(found.best.score)) * part
+            gaps.append((highest - best.score) / abs(best.score) if found.untried else 0.0)
+        return max([0.0, *gaps])
+
+    def _crossover(self) -> Crossover | None:
+        """The best two ways of serving over rates up to the higher one's capacity."""
+        kept = [family.best for family in self.families if family.best is not None]
+        if len(kept) < 2 or not self.question.limits:
+            return None
+        self.progress("comparing ways of serving over rates", 0.95)
+        most = max(ranked.capacity_per_s or ranked.trial.rate_per_s for ranked in kept)
+        first, second = (self.catalogue.deployment(ranked.plan) for ranked in kept[:2])
+        question = self.question
+        return crossover(first, second, question.requests, question.limits, most, question.seed)
+
+
+def _nearest(ranked: Ranked, limits: Sequence[Limit]) -> Limit | None:
+    """The limit that the plan's trial comes nearest to."""
+    over = {limit: value / limit.seconds for limit, value in zip(limits, ranked.trial.values_s, strict=True)}
+    return max(over, key=lambda limit: over[limit], default=None)
+
+
+def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for some in counts:
+        for law, count in some.items():
+            total[law] = total.get(law, 0) + count
+    return total
