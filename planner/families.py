@@ -13,8 +13,8 @@ from planner.errors import NoFeasiblePlanError
 from planner.options import Option
 from planner.plan import Plan, Pool
 from planner.question import Question
-from planner.search import Family, Point, Progress, Ranked, SearchResult, front, search
-from planner.sizing import Sizings, aggregated_option, options_of, sized
+from planner.search import Family, Point, Progress, Ranked, Search, SearchResult, front, search
+from planner.sizing import Offer, Sizings, aggregated_option, offer, sized
 from planner.trial import attempt
 from simulator.limits import Limit
 
@@ -80,13 +80,13 @@ class _Comparison:
         self.families: list[Family] = []
         self.ranked: list[Ranked] = []
         self.points: list[Point] = []
-        self.trials = self.simulated = self.considered = 0
+        self.trials = self.simulated = self.considered = self.left_out = 0
         self.problems: list[str] = []
 
     def result(self) -> SearchResult:
         """Every way of serving that is asked for, in one ranking."""
         serving = self.question.serving
-        aggregated: dict[str, tuple[Pool, Option]] = {}
+        aggregated = Offer({})
         if serving in ("aggregated", "any"):
             aggregated = self._aggregated()
         if serving in ("disaggregated", "any"):
@@ -95,7 +95,7 @@ class _Comparison:
 
     # One way of serving each
 
-    def _aggregated(self) -> dict[str, tuple[Pool, Option]]:
+    def _aggregated(self) -> Offer:
         """Plans of whole requests, searched for each kind of device; the replicas that were measured, as options."""
         question = self.question
         options: dict[str, tuple[Pool, Option]] = {}
@@ -107,7 +107,7 @@ class _Comparison:
             if question.also and question.objective == "goodput-per-gpu":
                 alone = replace(alone, rate_per_s=None)  # each kind of device need not serve it all
             try:
-                found = search(affordable(alone), self.progress)
+                found = self._search(name, affordable(alone))
             except NoFeasiblePlanError as error:
                 problem = problem or str(error)
                 continue
@@ -125,14 +125,20 @@ class _Comparison:
                     each = ranked.capacity_per_s / pool.replicas
                     options[key] = pool, aggregated_option(key, pool, name, catalogue, each)
         if question.also and options:
-            self._size("aggregated", options)
+            self._size("aggregated", Offer(options))
         else:
             strained = _nearest(best, question.limits) if best is not None else None
             wall_s = time.perf_counter() - started
             self.families.append(Family("aggregated", best, problem, strained_by=strained, wall_s=wall_s))
             if problem:
                 self.problems.append(problem)
-        return options
+        return Offer(options)
+
+    def _search(self, name: str, question: Question) -> SearchResult:
+        """The aggregated plans on one kind of device; what is compiled for it serves the other ways as well."""
+        catalogue = self.catalogue if name == self.question.hardware else self.catalogue.others[name]
+        same = catalogue.cluster.gpus == question.gpus
+        return Search(question, self.progress, catalogue if same else None).result()
 
     def _at_home(self, ranked: Ranked, hardware: str, gpus: int) -> Ranked:
         """A plan for one kind of device as one for all devices at hand."""
@@ -150,21 +156,22 @@ class _Comparison:
             ranked, plan=plan, value=ranked.value * part, score=ranked.score * part, bound=ranked.bound * part
         )  # fmt: skip
 
-    def _disaggregated(self, aggregated: dict[str, tuple[Pool, Option]]) -> None:
+    def _disaggregated(self, aggregated: Offer) -> None:
         """Pools of prefill and decode replicas, with whole-request replicas beside them where those are known."""
         question, catalogue = self.question, self.catalogue
         self.progress("sizing prefill and decode pools", 0.0)
-        options = options_of(question, catalogue, None)
+        every = offer(question, catalogue, None)
         for name, other in catalogue.others.items():
-            options |= options_of(question, other, name)
-        self.considered += len(options)
-        self._size("disaggregated", options | aggregated)
+            every |= offer(question, other, name)
+        self.considered += every.considered
+        self.left_out += every.considered - len(every.options)
+        self._size("disaggregated", every | aggregated)
 
-    def _size(self, name: str, options: dict[str, tuple[Pool, Option]]) -> None:
+    def _size(self, name: str, offered: Offer) -> None:
         question = self.question
         started = time.perf_counter()
         try:
-            found = sized(question, self.catalogue, options, until_s=time.perf_counter() + BESIDE * question.seconds)
+            found = sized(question, self.catalogue, offered, until_s=time.perf_counter() + BESIDE * question.seconds)
         except NoFeasiblePlanError as error:
             self.families.append(Family(name, None, str(error), wall_s=time.perf_counter() - started))
             self.problems.append(str(error))
@@ -247,11 +254,12 @@ class _Comparison:
         ranked = tuple(replace(r, tie=place > 0 and r.score >= within) for place, r in enumerate(order))
         self.families.sort(key=lambda family: -family.best.score if family.best is not None else float("inf"))
         alone = list(self.searches.values())
+        left_out = {"among the quickest in its role in a typical step": self.left_out} if self.left_out else {}
         return SearchResult(
             question=question,
             ranked=ranked,
             considered=self.considered + sum(found.considered for found in alone),
-            pruned=_summed([found.pruned for found in alone]),
+            pruned=_summed([*(found.pruned for found in alone), left_out]),
             simulated=self.simulated + sum(found.simulated for found in alone),
             trials=self.trials + sum(found.trials for found in alone),
             untried=sum(found.untried for found in alone),

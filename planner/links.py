@@ -26,8 +26,7 @@ def handover_of(
 ) -> Handover:
     """The links between the plan's replicas, `specs` in the order of its pools.
 
-    Raises PlanError where the replicas have no room, TransferError (when it is first asked for) where two cannot
-    exchange KV.
+    Raises PlanError where the replicas have no room, TransferError where two pools cannot exchange KV.
     """
     names = list(clusters)
     network = Interconnect([clusters[name] for name in names])
@@ -46,4 +45,11 @@ def handover_of(
     def route(source: int, source_lane: int, target: int, lane: int) -> Route:
         return routes.between(places[source, source_lane], places[target, lane])
 
+    firsts = {id(pool): index for index, pool in reversed(list(enumerate(pools)))}
+    sources = [firsts[id(pool)] for pool in plan.pools if pool.role in ("prefill", "mixed") and pool.replicas]
+    targets = [firsts[id(pool)] for pool in plan.pools if pool.role in ("decode", "mixed") and pool.replicas]
+    for source in sources:
+        for target in targets:
+            if source != target:
+                route(source, 0, target, 0)
     return Handover(network.bytes_per_s.tolist(), network.names, route, len(model.layers), plan.transfer)

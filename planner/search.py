@@ -188,14 +188,17 @@ class Outcome:
 
 
 class Search:
-    """One search; `result` runs it."""
+    """One search; `result` runs it.
 
-    def __init__(self, question: Question, progress: Progress) -> None:
+    catalogue   of the question's model and devices, if it is open already
+    """
+
+    def __init__(self, question: Question, progress: Progress, catalogue: Catalogue | None = None) -> None:
         self.started = time.perf_counter()
         self.question = question
         self.progress = progress
         progress("enumerating and screening plans", 0.0)
-        self.catalogue: Catalogue = open_catalogue(
+        self.catalogue: Catalogue = catalogue or open_catalogue(
             question.model, question.hardware, question.gpus, question.engine, question.cost
         )
         self.list: Shortlist = shortlist(question, self.catalogue)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
-from hwmodels.mapping import Precision
 from hwmodels.memory import kv_bytes_per_rank
 from planner.capacities import capacities, option
 from planner.catalogue import Catalogue, precision_of
@@ -15,6 +15,7 @@ from planner.options import Budget, Demand, Option, Service
 from planner.plan import Plan, Pool
 from planner.poolprogram import Goal
 from planner.pools import Point, Sizing, size_pools
+from planner.promising import promising
 from planner.question import Question
 from planner.space import Choices, enumerate_pools
 from planner.trial import Trial, attempt, capacity
@@ -93,47 +94,61 @@ def phase_pools(question: Question, catalogue: Catalogue, hardware: str | None) 
             yield replace(pool, role=role, hardware=hardware)
 
 
-def options_of(question: Question, catalogue: Catalogue, hardware: str | None) -> dict[str, tuple[Pool, Option]]:
-    """The prefill and decode replicas of one kind of device with what each can do, by name."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Offer:
+    """The replicas the program may choose from, by name, and how many legal ones were left out beforehand."""
+
+    options: dict[str, tuple[Pool, Option]]
+    considered: int = 0
+
+    def __or__(self, other: Offer) -> Offer:
+        return Offer(self.options | other.options, self.considered + other.considered)
+
+
+def offer(question: Question, catalogue: Catalogue, hardware: str | None) -> Offer:
+    """The most promising prefill and decode replicas of one kind of device with what each can do.
+
+    hardware   what the pools are to name, None for the plan's own
+    """
     pools = list(phase_pools(question, catalogue, hardware))
     cluster = catalogue.cluster
     found: dict[str, tuple[Pool, Option]] = {}
-    card = cluster.inter.bytes_per_s * cluster.inter.efficiency if cluster.inter is not None else float("inf")
-    formats = dict.fromkeys(precision_of(pool) for pool in pools)
-    for precision in formats:
-        mine = [pool for pool in pools if precision_of(pool) == precision]
-        specs = [catalogue.replica(pool) for pool in mine]
-        per_token = kv_bytes_of(catalogue, precision)
+    card = cluster.inter.bytes_per_s * cluster.inter.efficiency if cluster.inter is not None else inf
+    outside = cluster.nodes > 1 or bool(question.also)
+    name = question.hardware if hardware is None else hardware
+    for precision in dict.fromkeys(precision_of(pool) for pool in pools):
+        every = [(pool, catalogue.replica(pool)) for pool in pools if precision_of(pool) == precision]
+        kept = promising(every, question.requests, question.limits)
+        per_token = kv_bytes_per_rank(catalogue.model.layers, 1, precision)
         transfer_s = _exposed_s(question, catalogue, per_token, card)
         done = capacities(
-            specs,
+            [spec for _, spec in kept],
             question.requests,
             question.limits,
             transfer_s=transfer_s,
             frontend_s=catalogue.engine.request_overhead_s + transfer_s,
         )
-        name = question.hardware if hardware is None else hardware
-        for pool, spec, one in zip(mine, specs, done, strict=True):
+        for (pool, spec), one in zip(kept, done, strict=True):
             key = f"{pool.role} {name} {_degrees(pool)} {pool.weights}/{pool.kv}, {pool.token_budget} tokens a step"
-            links = card * pool.gpus_per_replica if cluster.nodes > 1 or catalogue.others else float("inf")
             made = option(
-                key, pool.role, name, spec, [one],
-                kv_bytes_per_token=per_token, kv_format=pool.kv, link_bytes_per_s=links,
-            )  # fmt: skip
+                key,
+                pool.role,
+                name,
+                spec,
+                [one],
+                kv_bytes_per_token=per_token,
+                kv_format=pool.kv,
+                link_bytes_per_s=card * pool.gpus_per_replica if outside else inf,
+            )
             if any(service.prefill_per_s or service.decode_per_s for service in made.services):
                 found[key] = pool, made
-    return found
+    return Offer(found, len(pools))
 
 
 def _degrees(pool: Pool) -> str:
     """What tells ways of cutting apart."""
     names = ("tp", "pp", "attention_dp", "ep", "expert_tp")
     return " ".join(f"{name}={getattr(pool, name)}" for name in names if name == "tp" or getattr(pool, name) > 1)
-
-
-def kv_bytes_of(catalogue: Catalogue, precision: Precision) -> float:
-    """KV bytes of one token of the whole model."""
-    return kv_bytes_per_rank(catalogue.model.layers, 1, precision)
 
 
 def _exposed_s(question: Question, catalogue: Catalogue, bytes_per_token: float, card_bytes_per_s: float) -> float:
@@ -159,7 +174,6 @@ def aggregated_option(key: str, pool: Pool, hardware: str, catalogue: Catalogue,
 
 def budget_of(question: Question) -> Budget:
     """The devices at hand, and what may be spent on them."""
-    inf = float("inf")
     return Budget(question.devices, question.budget_usd_per_h or inf, question.budget_w or inf)
 
 
@@ -186,9 +200,7 @@ def plan_of(question: Question, point: Point, kinds: dict[str, Pool]) -> Plan:
     )
 
 
-def sized(
-    question: Question, catalogue: Catalogue, options: dict[str, tuple[Pool, Option]], *, until_s: float
-) -> Sizings:
+def sized(question: Question, catalogue: Catalogue, offered: Offer, *, until_s: float) -> Sizings:
     """Pools from these options: the best points of the program, simulated, best first.
 
     until_s   value of time.perf_counter() from which on only what has been begun is finished
@@ -197,15 +209,15 @@ def sized(
     """
     started = time.perf_counter()
     goal = GOALS[question.objective]
-    kinds = {key: pool for key, (pool, _) in options.items()}
-    offered = [made for _, made in options.values()]
-    if not offered:
+    kinds = {key: pool for key, (pool, _) in offered.options.items()}
+    options = [made for _, made in offered.options.values()]
+    if not options:
         raise NoFeasiblePlanError("no replica in any role keeps the limits; relax a limit or add devices")
     simulated: list[Sized] = []
     for margin in MARGINS if question.objective != "goodput-per-gpu" else MARGINS[:1]:
         demand = Demand(rate_per_s=None if goal == "rate" else question.demanded_per_s * margin)
         left_s = max(1.0, (until_s - time.perf_counter()) / 3)
-        program = size_pools(offered, demand, budget_of(question), goal, keep=LOOKED_AT, seconds=left_s)
+        program = size_pools(options, demand, budget_of(question), goal, keep=LOOKED_AT, seconds=left_s)
         plans = [(plan_of(question, point, kinds), point) for point in program.points]
         simulated += _simulated(question, catalogue, plans, until_s)
         if any(one.trial is not None for one in simulated):
@@ -216,7 +228,7 @@ def sized(
 
 def _score(question: Question, one: Sized) -> float:
     if one.trial is None:
-        return -float("inf")
+        return -inf
     if question.objective == "goodput-per-gpu":
         return one.trial.goodput_per_s
     return -one.trial.mean_e2e_s if question.objective == "latency" else -one.point.value
