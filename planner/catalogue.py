@@ -14,6 +14,7 @@ from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, Mapping, Precision, we
 from hwmodels.memory import Memory, Sizes, plan_memory, replica_sizes, require_fit
 from hwmodels.roofline import AnalyticCost
 from hwmodels.shape import ModelShape
+from hwmodels.shares import SharedSteps, compile_shared_steps
 from hwmodels.step_model import CostModel, StepModel, compile_step_model
 from hwmodels.tiles import Cut
 from hwmodels.work import Work
@@ -21,6 +22,7 @@ from planner.encoding import Vision, vision_of, without_encode
 from planner.errors import PlanError
 from planner.links import handover_of
 from planner.plan import Plan, Pool
+from planner.sharing import shared_spec
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.routers import ROUTERS
 from simulator.scheduler import SchedulerConfig
@@ -97,6 +99,7 @@ class Catalogue:
     others: dict[str, Catalogue] = field(default_factory=dict)
     _models: dict[tuple[Mapping, Precision], StepModel] = field(default_factory=dict)
     _works: dict[tuple[Mapping, Precision], Work] = field(default_factory=dict)
+    _shared: dict[tuple[Mapping, Precision], SharedSteps] = field(default_factory=dict)
     _sizes: dict[tuple[Mapping, Precision], Sizes] = field(default_factory=dict)
 
     def reserve(self, max_tokens: int, max_seqs: int) -> None:
@@ -105,6 +108,7 @@ class Catalogue:
             self.max_tokens = max(self.max_tokens, max_tokens)
             self.max_seqs = max(self.max_seqs, max_seqs)
             self._models.clear()
+            self._shared.clear()
             self._works.clear()
 
     def step_model(self, mapping: Mapping, precision: Precision) -> StepModel:
@@ -206,7 +210,7 @@ class Catalogue:
         encoder = None
         if vision is not None:
             encoder = vision.own(pool, self.cluster.device, self.prices(Mapping()), self.engine, with_work=with_work)
-        return ReplicaSpec(
+        spec = ReplicaSpec(
             model=self.step_model(mapping, precision),
             mapping=mapping,
             scheduler=scheduler,
@@ -218,6 +222,25 @@ class Catalogue:
             role=pool.role,
             encoder=encoder,
         )
+        if pool.sharing is None:
+            return spec
+        return shared_spec(spec, self.shared_steps(mapping, precision), pool)
+
+    def shared_steps(self, mapping: Mapping, precision: Precision) -> SharedSteps:
+        """Step models of a replica whose prefill and decode share the device, at any share."""
+        key = (mapping, precision)
+        if key not in self._shared:
+            self._shared[key] = compile_shared_steps(
+                self.model,
+                mapping,
+                precision,
+                self.engine,
+                self.prices(mapping),
+                self.cluster,
+                max_tokens=self.max_tokens,
+                max_seqs=self.max_seqs,
+            )
+        return self._shared[key]
 
     def of(self, pool: Pool) -> Catalogue:
         """The catalogue of the pool's devices."""
@@ -246,9 +269,7 @@ class Catalogue:
         if vision is not None and encode_pool is not None:
             prices = self.of(encode_pool).prices(Mapping())
             encode = vision.workers(plan, encode_pool, clusters, prices, self.engine, with_work=with_work)
-        return Deployment(
-            specs, ROUTERS[plan.router], self.engine.request_overhead_s, handover, encode=encode
-        )
+        return Deployment(specs, ROUTERS[plan.router], self.engine.request_overhead_s, handover, encode=encode)
 
 
 def format_problem(cluster: Cluster, precision: Precision) -> str | None:

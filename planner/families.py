@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from math import floor
+from math import floor, inf
 
 from planner.catalogue import Catalogue, open_catalogue
 from planner.crossover import Crossover, crossover
@@ -14,6 +14,7 @@ from planner.options import Option
 from planner.plan import Plan, Pool
 from planner.question import Question
 from planner.search import Family, Point, Progress, Ranked, Search, SearchResult, front, search
+from planner.sharedplans import shared_plans
 from planner.sizing import Offer, Sizings, aggregated_option, offer, sized
 from planner.trial import attempt
 from simulator.limits import Limit
@@ -89,6 +90,8 @@ class _Comparison:
         aggregated = Offer({})
         if serving in ("aggregated", "any"):
             aggregated = self._aggregated()
+        if serving in ("shared", "any"):
+            self._shared()
         if serving in ("disaggregated", "any"):
             self._disaggregated(aggregated)
         return self._together()
@@ -156,6 +159,44 @@ class _Comparison:
             ranked, plan=plan, value=ranked.value * part, score=ranked.score * part, bound=ranked.bound * part
         )  # fmt: skip
 
+    def _shared(self) -> None:
+        """Replicas whose phases share each device, on every kind of device by itself."""
+        question = self.question
+        started = time.perf_counter()
+        found: list[Ranked] = []
+        problem = "no replica without pipeline stages and attention groups fits"
+        for name, gpus in question.devices.items():
+            self.progress(f"sharing {name} between prefill and decode", 0.3)
+            catalogue = self.catalogue if name == question.hardware else self.catalogue.others[name]
+            alone = affordable(replace(question, hardware=name, gpus=gpus, also={}))
+            until_s = time.perf_counter() + BESIDE * question.seconds
+            measured = shared_plans(alone, catalogue, until_s)
+            self.considered += len(measured)
+            self.simulated += len(measured)
+            for plan, trial, trials in measured:
+                self.trials += len(trials)
+                if trial is None:
+                    problem = "none kept the limits when simulated"
+                    continue
+                pools = tuple(replace(p, hardware=None if name == question.hardware else name) for p in plan.pools)
+                home = replace(plan, hardware=question.hardware, gpus=question.gpus, also=question.also, pools=pools)
+                speed = trial.output_tokens_per_s / home.gpus_used, 1 / trial.mean_tpot_s
+                self.points.append(Point(home, trial.rate_per_s, *speed))
+                if question.objective == "goodput-per-gpu":
+                    value = trial.goodput_per_s / self.total
+                    found.append(Ranked(home, value, value, inf, trial, trial.goodput_per_s))
+                else:
+                    value = self._value(home, trial.output_tokens_per_s, trial.mean_e2e_s)
+                    found.append(Ranked(home, value, -value, 0.0, trial))
+        found.sort(key=lambda ranked: -ranked.score)
+        self.ranked += found
+        best = found[0] if found else None
+        strained = _nearest(best, question.limits) if best is not None else None
+        wall_s = time.perf_counter() - started
+        self.families.append(Family("shared", best, "" if found else problem, strained_by=strained, wall_s=wall_s))
+        if not found:
+            self.problems.append(f"shared: {problem}; relax a limit or add devices")
+
     def _disaggregated(self, aggregated: Offer) -> None:
         """Pools of prefill and decode replicas, with whole-request replicas beside them where those are known."""
         question, catalogue = self.question, self.catalogue
@@ -201,7 +242,7 @@ class _Comparison:
                     asked = attempt(
                         deployment, question.requests, question.rate_per_s, question.limits, question.seed
                     )  # fmt: skip
-                ranked.append(Ranked(one.plan, value, value, float("inf"), asked or trial, trial.goodput_per_s))
+                ranked.append(Ranked(one.plan, value, value, inf, asked or trial, trial.goodput_per_s))
                 continue
             value = self._value(one.plan, trial.output_tokens_per_s, trial.mean_e2e_s)
             ranked.append(Ranked(one.plan, value, -value, 0.0, trial))
@@ -252,7 +293,7 @@ class _Comparison:
         best = order[0]
         within = best.score - question.tolerance * abs(best.score)
         ranked = tuple(replace(r, tie=place > 0 and r.score >= within) for place, r in enumerate(order))
-        self.families.sort(key=lambda family: -family.best.score if family.best is not None else float("inf"))
+        self.families.sort(key=lambda family: -family.best.score if family.best is not None else inf)
         alone = list(self.searches.values())
         left_out = {"among the quickest in its role in a typical step": self.left_out} if self.left_out else {}
         return SearchResult(

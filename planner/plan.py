@@ -14,6 +14,9 @@ from simulator.handover import Mode
 PoolRole = Literal["aggregated", "prefill", "decode", "mixed", "encode"]
 
 
+Sharing = Literal["static", "semi-pd", "nexus"]
+
+
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Pool:
     """Replicas that are cut, kept and scheduled alike.
@@ -31,6 +34,10 @@ class Pool:
                           mixed does what either has no room for, encode turns images into tokens: its replicas are
                           workers of one device with the plan's encoder and no language model
     hardware              device or cluster profile; None for the plan's
+    sharing               who divides a device between prefill and decode, which then run at once: static, semi-pd
+                          (feedback on the targets) or nexus (predicted for every batch); None: they share steps
+    shares                of the device's processors for prefill and decode, each in (0, 1], together perhaps above 1
+    targets_s             what semi-pd aims at: TTFT and TPOT, in seconds
     batch_tiles           tiles of images that a device encodes at once, where there is an encoder
     spread                encode workers that the tiles of one request are spread over at most; None for all
     """
@@ -56,6 +63,9 @@ class Pool:
     hardware: str | None = None
     batch_tiles: int = 16
     spread: int | None = None
+    sharing: Sharing | None = None
+    shares: tuple[float, float] | None = None
+    targets_s: tuple[float, float] | None = None
 
     @property
     def gpus_per_replica(self) -> int:
@@ -78,8 +88,8 @@ class Plan:
     engine     name of an engine profile
     also       other devices at hand, by profile name, for pools that name their hardware
     transfer   how KV goes from prefill to decode pools: layer by layer while prompts are computed, or afterwards
-    encoder    name of a vision encoder or path of its profile, for requests with images; without a pool that encodes, the
-               replicas that prefill hold it and encode before they prefill
+    encoder    name of a vision encoder or path of its profile, for requests with images; without a pool that encodes,
+               the replicas that prefill hold it and encode before they prefill
     """
 
     model: str

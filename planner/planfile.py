@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _FORMATS: dict[str, list[str]] = {
     "activations": list(DTYPE_BYTES),
     "kv": list(DTYPE_BYTES),
 }
-_LIMITS = ("max_seqs", "token_budget", "block_tokens", "max_context_tokens")
+_LIMITS = ("max_seqs", "token_budget", "block_tokens", "max_context_tokens", "batch_tiles")
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:
@@ -71,9 +72,9 @@ def check_plan(plan: Plan, source: str = "plan") -> None:
 
 
 def _problems(plan: Plan) -> Iterator[str]:
-    for key in ("model", "hardware", "engine"):
+    for key in ("model", "hardware", "engine", "encoder"):
         value = getattr(plan, key)
-        if not value or not value.isprintable():
+        if (key, value) != ("encoder", None) and (not value or not value.isprintable()):
             yield f"{key} is {value!r}, expected a name or a path of printable characters"
     if plan.gpus < 1:
         yield f"gpus is {plan.gpus}, expected at least 1"
@@ -97,6 +98,26 @@ def _problems(plan: Plan) -> Iterator[str]:
     for role, other in (("prefill", "decode"), ("decode", "prefill")):
         if role in roles and not roles & {other, "mixed"}:
             yield f"pools have role {role} but none has {other} or mixed, expected a pool of that role"
+    yield from _encode_problems(plan)
+
+
+def _encode_problems(plan: Plan) -> Iterator[str]:
+    encode = [index for index, pool in enumerate(plan.pools) if pool.role == "encode"]
+    if not encode:
+        for index, pool in enumerate(plan.pools):
+            if plan.encoder is not None and pool.sharing is not None:
+                yield f"pools[{index}].sharing is {pool.sharing!r}, expected None with an encoder and no encode pool"
+        return
+    if plan.encoder is None:
+        yield f"pools[{encode[0]}].role is 'encode' but encoder is null, expected a vision encoder's name or profile"
+    if len(encode) > 1:
+        yield f"pools[{encode[1]}].role is 'encode' like that of pools[{encode[0]}], expected one such pool at most"
+    if not plan.serving:
+        yield "pools have role encode only, expected a pool of replicas too"
+    for key in _COUNTS[1:]:
+        value = getattr(plan.pools[encode[0]], key)
+        if value != 1:
+            yield f"pools[{encode[0]}].{key} is {value}, expected 1 with role encode: its workers have one device each"
 
 
 def _pool_problems(pool: Pool) -> Iterator[str]:
@@ -107,13 +128,36 @@ def _pool_problems(pool: Pool) -> Iterator[str]:
         value = getattr(pool, key)
         if value not in known and (key, value) != ("experts", None):
             yield f"{key} is {value!r}, expected one of {', '.join(known)}"
+    yield from _sharing_problems(pool)
     if pool.stages is not None and (len(pool.stages) != pool.pp or min(pool.stages, default=0) < 1):
         yield f"stages is {list(pool.stages)}, expected {pool.pp} layer counts (one per stage) of at least 1"
     ranks = pool.tp * pool.attention_dp
     if (pool.ep > 1 or pool.expert_tp > 1) and pool.ep * pool.expert_tp != ranks:
         yield f"ep is {pool.ep}, expected ep * expert_tp ({pool.expert_tp}) to equal tp * attention_dp ({ranks})"
+    if pool.spread is not None and not 1 <= pool.spread <= pool.replicas:
+        yield f"spread is {pool.spread}, expected 1 to replicas ({pool.replicas})"
     if pool.policy == "chunked" and pool.max_seqs > pool.token_budget:
         yield f"max_seqs is {pool.max_seqs}, expected at most token_budget ({pool.token_budget}) with policy chunked"
+
+
+def _sharing_problems(pool: Pool) -> Iterator[str]:
+    if pool.sharing is None:
+        if pool.shares is not None or pool.targets_s is not None:
+            yield "sharing is None, expected static, semi-pd or nexus where there are shares or targets_s"
+        return
+    if pool.policy != "chunked" or pool.role != "aggregated" or pool.pp > 1 or pool.attention_dp > 1:
+        yield (
+            f"sharing is {pool.sharing!r}, expected None unless policy is chunked, role aggregated, pp and "
+            "attention_dp 1"
+        )
+    if pool.sharing == "static" and pool.shares is None:
+        yield "shares is None, expected the parts of prefill and decode, such as [0.6, 1.0], with sharing static"
+    if pool.sharing == "semi-pd" and pool.targets_s is None:
+        yield "targets_s is None, expected TTFT and TPOT in seconds, such as [2.0, 0.05], with sharing semi-pd"
+    if pool.shares is not None and not all(0 < share <= 1 for share in pool.shares):
+        yield f"shares is {list(pool.shares)}, expected two parts above 0 and at most 1"
+    if pool.targets_s is not None and not all(isfinite(value) and value > 0 for value in pool.targets_s):
+        yield f"targets_s is {list(pool.targets_s)}, expected two finite times above 0"
 
 
 def _load(source: str) -> dict[str, Any]:

@@ -24,12 +24,14 @@ from simulator.workload import Requests, Workload
 
 def collect(deployment: Deployment, workload: Workload | Requests, log: Log, seed: int) -> Result:
     """The log as frames, with the totals of the run."""
-    requests = workload if isinstance(workload, Requests) else workload.requests
+    requests = workload if isinstance(workload, Requests) else workload.served
     count = len(requests)
     rejected = np.zeros(count, dtype=bool)
     rejected[log.rejected] = True
     preemptions = np.zeros(count, dtype=int)
     preemptions[list(log.preemptions)] = list(log.preemptions.values())
+    cached_tokens = np.zeros(count, dtype=int)
+    cached_tokens[list(log.cached_tokens)] = list(log.cached_tokens.values())
     finish_s = np.array(log.finish_s)
     frame = request_frame(
         arrival_s=log.arrival_s,
@@ -42,6 +44,7 @@ def collect(deployment: Deployment, workload: Workload | Requests, log: Log, see
         replica=log.replica,
         lane=log.lane,
         preemptions=preemptions,
+        cached_tokens=cached_tokens,
         class_codes=requests.slo_class,
         class_names=requests.class_names,
     )
@@ -49,7 +52,18 @@ def collect(deployment: Deployment, workload: Workload | Requests, log: Log, see
     makespan_s = float(served.max() - np.min(log.arrival_s)) if len(served) else 0.0
     table = None if log.segments is None else np.frombuffer(log.segments, dtype=float).reshape(-1, len(STEP_COLUMNS))
     flops, moved, energy_j = _consumption(deployment, table, makespan_s)
+    encode = deployment.encode
+    if log.encoding is not None:
+        more_flops, more_bytes, more_j = log.encoding.consumption(deployment)
+        flops, moved, energy_j = flops + more_flops, moved + more_bytes, energy_j + more_j
     devices = [(spec.device, spec.mapping.gpus) for spec in deployment.replicas]
+    peak_flops_per_s = sum(
+        spec.mapping.gpus * spec.device.peak_flops_per_s[spec.arithmetic_dtype] for spec in deployment.replicas
+    )
+    if encode is not None and encode.device is not None:
+        devices.append((encode.device, encode.workers))
+        peak_flops_per_s += encode.workers * encode.device.peak_flops_per_s[encode.arithmetic_dtype]
+        energy_j += encode.workers * encode.device.idle_w * makespan_s
     prices = [device.price_usd_per_h for device, _ in devices]
     price = None
     if all(value is not None for value in prices):
@@ -62,9 +76,7 @@ def collect(deployment: Deployment, workload: Workload | Requests, log: Log, see
         hbm_bytes=moved,
         energy_j=energy_j,
         price_usd_per_h=price,
-        peak_flops_per_s=sum(
-            spec.mapping.gpus * spec.device.peak_flops_per_s[spec.arithmetic_dtype] for spec in deployment.replicas
-        ),
+        peak_flops_per_s=peak_flops_per_s,
         memory_bytes_per_s=sum(device.memory_bytes_per_s * gpus for device, gpus in devices),
         lanes=tuple(spec.lanes for spec in deployment.replicas),
         kv_blocks=tuple(spec.kv_blocks for spec in deployment.replicas),
@@ -73,12 +85,14 @@ def collect(deployment: Deployment, workload: Workload | Requests, log: Log, see
         requeued=len(log.requeued),
         lost_kv_blocks=log.lost_kv_blocks,
         role_switches=log.role_switches,
+        roles=tuple(spec.role for spec in deployment.replicas),
     )
     steps = None if table is None else step_frame(table)
     spans = None if table is None else span_frame(log.last_spans(requests.output_tokens))
     handover = deployment.handover
     links = link_frame(handover.names, handover.bytes_per_s, log.carried_bytes) if handover else link_frame([], [], [])
-    return Result(frame, steps, spans, totals, transfer_frame(log.transfers), links)
+    use = log.encoding.use(makespan_s) if log.encoding is not None else None
+    return Result(frame, steps, spans, totals, transfer_frame(log.transfers), links, use)
 
 
 def _consumption(

@@ -10,6 +10,8 @@ from hwmodels.hardware import Device
 from hwmodels.mapping import Mapping
 from hwmodels.step_model import StepModel
 from hwmodels.work import Work
+from simulator.encode import EncodeSpec
+from simulator.encodehere import OwnEncoder
 from simulator.errors import PoolError
 from simulator.handover import Handover
 from simulator.lockstep import LockstepReplica
@@ -34,6 +36,7 @@ class ReplicaSpec:
     share       its share of the requests under a router that does not look at loads, relative to the others'
     role        what it does, see Role
     work        FLOPs and bytes of its steps; None where they are not wanted
+    encoder     encodes images before the prompts they are in, where no encode pool does; None: it gets no images
     """
 
     model: StepModel
@@ -45,6 +48,7 @@ class ReplicaSpec:
     work: Work | None = None
     arithmetic_dtype: str = "bf16"
     role: Role = "aggregated"
+    encoder: OwnEncoder | None = None
 
     @property
     def lanes(self) -> int:
@@ -82,6 +86,7 @@ class Deployment:
     switch_s         prefill and decode replicas change roles with the queues before them, by the rule in
                      simulator.roleswitch: this long after such a replica has finished what it has; None: never
     removals         replicas that fail during the run
+    encode           workers that encode images before requests reach the replicas; None: there are none
 
     Raises PoolError for roles that cannot serve a request together.
     """
@@ -93,6 +98,7 @@ class Deployment:
     overflow_tokens: int = 8192
     switch_s: float | None = None
     removals: Sequence[Removal] = ()
+    encode: EncodeSpec | None = None
 
     def __post_init__(self) -> None:
         """Raise PoolError for roles that cannot serve a request together."""
@@ -119,5 +125,5 @@ class Deployment:
 
     @property
     def gpus(self) -> int:
-        """Devices that hold a replica."""
-        return sum(spec.mapping.gpus for spec in self.replicas)
+        """Devices that hold a replica or encode."""
+        return sum(spec.mapping.gpus for spec in self.replicas) + (self.encode.workers if self.encode else 0)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, nan
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hwmodels.energy import power_w
+from hwmodels.hardware import Device
 from hwmodels.step_model import Numbers
 from simulator.errors import PoolError, TraceError
 from simulator.workload import MAX_TOKENS, Requests
@@ -62,7 +64,12 @@ class Images:
         return self.tiles
 
     def prompts(self, requests: Requests) -> Requests:
-        """The requests, whose prompts are text so far, with the tokens of their images in the prompts."""
+        """The requests, whose prompts are text so far, with the tokens of their images in the prompts.
+
+        Raises TraceError for requests of which is known how their prompts begin: where images stand in these is not.
+        """
+        if requests.block_hashes is not None and self.tiles.any():
+            raise TraceError("requests with images and block ids: expected text alone, or a trace without block ids")
         return replace(requests, prompt_tokens=requests.prompt_tokens + self.tokens * self.of(len(requests)))
 
 
@@ -76,6 +83,8 @@ class EncodeSpec:
     shards        most workers the tiles of one request are spread over; 1 keeps requests whole
     tile_bytes    of the tokens of a tile (hwmodels.encoder.Encoder.token_bytes)
     bytes_per_s, latency_s   of the link each worker pushes its tokens over, one push after the other
+    device, arithmetic_dtype   of every worker; None where nothing is to be known of power and price
+    works         FLOPs and bytes of a batch by its tiles (hwmodels.encoder.encode_work); None where not wanted
 
     Raises PoolError for numbers that are impossible.
     """
@@ -87,6 +96,9 @@ class EncodeSpec:
     tile_bytes: float = 0.0
     bytes_per_s: float = inf
     latency_s: float = 0.0
+    device: Device | None = None
+    arithmetic_dtype: str = "bf16"
+    works: Sequence[tuple[float, float]] | None = None
 
     def __post_init__(self) -> None:
         """Raise PoolError for numbers that are impossible."""
@@ -107,7 +119,9 @@ class EncodeSpec:
     @property
     def tiles_per_s(self) -> float:
         """Tiles the pool can encode and push in the long run, with full batches of the best size."""
-        worker = max(size / self.times_s[size] for size in range(1, self.batch_tiles + 1))
+        worker = max(
+            size / self.times_s[size] if self.times_s[size] else inf for size in range(1, self.batch_tiles + 1)
+        )
         return self.workers * (min(worker, self.bytes_per_s / self.tile_bytes) if self.tile_bytes else worker)
 
 
@@ -116,14 +130,64 @@ class Encoded:
     """What an encode pool did.
 
     ready_s           when each request's tokens were all with prefill: its arrival if it has no images
+    begun_s           when the first batch with a tile of it began, NaN if it has none
     busy_s            seconds each worker encoded
+    sizes             batches by their tiles
     batches, pushes   rows of BATCH_COLUMNS and PUSH_COLUMNS, by worker in order of time; empty unless recorded
     """
 
     ready_s: Floats
+    begun_s: Floats
     busy_s: Floats
+    sizes: Mapping[int, int]
     batches: Floats
     pushes: Floats
+
+    def consumption(self, spec: EncodeSpec) -> tuple[float, float, float]:
+        """FLOPs, bytes, and joules above idle power; zeros where the works or the device are not known."""
+        if spec.device is None:
+            return 0.0, 0.0, 0.0
+        return encode_consumption(spec.works, spec.times_s, self.sizes, spec.device, spec.arithmetic_dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeUse:
+    """What encoding took in a run, in short.
+
+    workers       encode workers; 0 where the replicas encoded for themselves
+    requests, tiles   requests that had images, and their tiles
+    use           share of the time from first arrival to last finish that the workers, or these replicas, encoded
+    wait_mean_s   mean time of a request with images from its arrival to its first batch's start; NaN without workers
+    mean_s        mean time from its arrival to all its tokens' being with prefill; NaN without workers
+    """
+
+    workers: int
+    requests: int
+    tiles: int
+    use: float
+    wait_mean_s: float = nan
+    mean_s: float = nan
+
+
+def encode_consumption(
+    works: Sequence[tuple[float, float]] | None,
+    times_s: Numbers,
+    sizes: Mapping[int, int],
+    device: Device,
+    dtype: str,
+) -> tuple[float, float, float]:
+    """FLOPs, bytes and joules above idle power of batches, counted by their tiles; zeros without works."""
+    flops = moved = joules = 0.0
+    if works is None:
+        return flops, moved, joules
+    for size, count in sizes.items():
+        (batch_flops, batch_bytes), seconds = works[size], times_s[size]
+        compute = min(1.0, batch_flops / (seconds * device.peak_flops_per_s[dtype]))
+        memory = min(1.0, batch_bytes / (seconds * device.memory_bytes_per_s))
+        flops += count * batch_flops
+        moved += count * batch_bytes
+        joules += count * seconds * (float(power_w(device, compute, memory)) - device.idle_w)
+    return flops, moved, joules
 
 
 def spread(backlogs: Sequence[int], tiles: int, most: int) -> list[tuple[int, int]]:
@@ -172,13 +236,16 @@ class EncodePool:
     """Encode workers without a clock of their own: `offer` requests in order of time, `advance` to look at them.
 
     ready_s   by request, when its tokens are with prefill, as far as its batches have been formed
+    begun_s   by request, when its first batch begins, NaN until it is formed
     """
 
-    __slots__ = ("_batches", "_pushes", "_workers", "ready_s", "spec")
+    __slots__ = ("_batches", "_pushes", "_sizes", "_workers", "begun_s", "ready_s", "spec")
 
     def __init__(self, spec: EncodeSpec, requests: int, *, record: bool = False) -> None:
         self.spec = spec
         self.ready_s = array("d", [0.0]) * requests
+        self.begun_s = array("d", [nan]) * requests
+        self._sizes = [0] * (spec.batch_tiles + 1)
         self._workers = [_Worker() for _ in range(spec.workers)]
         self._batches = array("d") if record else None
         self._pushes = array("d") if record else None
@@ -218,14 +285,16 @@ class EncodePool:
         pushes = np.frombuffer(self._pushes or b"").reshape(-1, len(PUSH_COLUMNS))
         return Encoded(
             np.array(self.ready_s),
+            np.array(self.begun_s),
             np.array([worker.busy_s for worker in self._workers]),
+            {size: count for size, count in enumerate(self._sizes) if count},
             batches[np.argsort(batches[:, 0], kind="stable")],
             pushes[np.argsort(pushes[:, 1], kind="stable")],
         )
 
     def _run(self, index: int, until_s: float) -> None:
         """Form one worker's batches that start before `until_s`, and push what they make."""
-        spec, worker, ready_s = self.spec, self._workers[index], self.ready_s
+        spec, worker, ready_s, begun_s = self.spec, self._workers[index], self.ready_s, self.begun_s
         queue, room, times_s, latency_s = worker.queue, spec.batch_tiles, spec.times_s, spec.latency_s
         tile_s = spec.tile_bytes / spec.bytes_per_s
         while queue:
@@ -243,6 +312,8 @@ class EncodePool:
                     queue[0] = (request, tiles - left)
                     tiles = left
                 left -= tiles
+                if not begun_s[request] <= start_s:
+                    begun_s[request] = start_s
                 sent_s = max(end_s, worker.link_s)
                 worker.link_s = sent_s + tiles * tile_s
                 landed_s = worker.link_s + latency_s
@@ -252,6 +323,7 @@ class EncodePool:
                     self._pushes.extend((request, index, tiles, sent_s, landed_s))
             worker.queued -= size
             worker.running = size
+            self._sizes[size] += 1
             worker.end_s = end_s
             worker.busy_s += times_s[size]
             if self._batches is not None:
@@ -305,4 +377,4 @@ def reached(requests: Requests, ready_s: ArrayLike) -> Reached:
     """The requests as they reach prefill at ready_s, by request; of equal times the earlier arrival first."""
     times = np.asarray(ready_s, dtype=float)
     order = np.argsort(times, kind="stable")
-    return Reached(requests._pick(order, times[order]), order)
+    return Reached(requests.reordered(order, times[order]), order)

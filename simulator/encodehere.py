@@ -1,7 +1,7 @@
 """What if there are no encode workers, and the replica that prefills a prompt encodes its images first?
 
-Baseline of disaggregated encoding: the replica does nothing else while it encodes, its decodes included, and it is
-alone with the images of a request.
+The default of engines, and the baseline of disaggregated encoding: the replica does nothing else while it encodes, its
+decodes included.
 """
 
 from __future__ import annotations
@@ -9,28 +9,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hwmodels.step_model import Numbers, StepModel
-from simulator.deployment import AnyReplica, ReplicaSpec
+from hwmodels.hardware import Device
+from hwmodels.step_model import Numbers
+from simulator.encode import encode_consumption
 from simulator.errors import PoolError
-from simulator.log import Log
-from simulator.replica import Replica
-from simulator.scheduler import Scheduler
+from simulator.scheduler import Chunk
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OwnEncoder:
     """An encoder that shares a replica's devices.
 
-    times_s       seconds of a batch by its tiles, 0 to at least batch_tiles
-    tiles         of every request of the run
-    batch_tiles   most tiles of a batch
+    times_s       seconds of a batch on one device by its tiles, 0 to at least batch_tiles
+    batch_tiles   most tiles of a batch on one device
+    ranks         devices that encode side by side, each with a whole encoder: the tensor-parallel ranks of a scheduler,
+                  in a pipeline those of its first stage (vLLM's --mm-encoder-tp-mode data)
+    works         FLOPs and bytes of a batch on one device by its tiles; None where they are not wanted
 
-    Raises PoolError where times are not known for such a batch.
+    Raises PoolError where times are not known for a full batch.
     """
 
     times_s: Numbers
-    tiles: Sequence[int]
     batch_tiles: int
+    ranks: int = 1
+    works: Sequence[tuple[float, float]] | None = None
 
     def __post_init__(self) -> None:
         """Raise PoolError where times are not known for a full batch."""
@@ -39,51 +41,52 @@ class OwnEncoder:
                 f"encoder with batch_tiles = {self.batch_tiles}: expected 1 to {len(self.times_s) - 1}, the tiles that "
                 "times are known of"
             )
-
-    def seconds(self, requests: Sequence[int]) -> float:
-        """To encode the images of requests whose prompts begin in the same step, batch by batch."""
-        full, rest = divmod(sum(self.tiles[request] for request in requests), self.batch_tiles)
-        return full * self.times_s[self.batch_tiles] + self.times_s[rest]
+        if self.ranks < 1:
+            raise PoolError(f"encoder with ranks = {self.ranks}: expected at least 1")
 
 
-class EncodingReplica(Replica):
-    """A replica whose steps are longer by the time to encode the images of prompts that begin in them.
+class EncodesFirst:
+    """Makes the steps of one replica longer by the time to encode the images of prompts that begin in them.
+
+    tiles     of every request of the run
+    busy_s, batches   seconds spent so far, and batches of all ranks by their tiles
 
     Tokens of images are kept until the request ends: a prompt that is computed again does not encode again.
     """
 
-    __slots__ = ("_encoded", "_encoder")
+    __slots__ = ("_encoded", "batches", "busy_s", "encoder", "tiles")
 
-    def __init__(
-        self, model: StepModel, schedulers: Sequence[Scheduler], log: Log, index: int, encoder: OwnEncoder
-    ) -> None:
-        super().__init__(model, schedulers, log, index)
-        self._encoder = encoder
+    def __init__(self, encoder: OwnEncoder, tiles: Sequence[int]) -> None:
+        self.encoder = encoder
+        self.tiles = tiles
+        self.busy_s = 0.0
+        self.batches: dict[int, int] = {}
         self._encoded: set[int] = set()
 
-    def plan(self, horizon_s: float) -> float:
-        """As Replica.plan, the encoder's time before it."""
-        end = super().plan(horizon_s)
-        fresh = [r for r, _, before in self.scheduler.chunks if not before and r not in self._encoded]
-        if fresh:
-            self._encoded.update(fresh)
-            self.end = end = end + self._encoder.seconds(fresh)
-        return end
+    def __call__(self, chunks: Sequence[Chunk]) -> float:
+        """Seconds before a step with these prompts: tiles shared out evenly over the ranks, batch by batch."""
+        fresh = [request for request, _, _ in chunks if self.tiles[request] and request not in self._encoded]
+        if not fresh:
+            return 0.0
+        self._encoded.update(fresh)
+        encoder = self.encoder
+        least, more = divmod(sum(self.tiles[request] for request in fresh), encoder.ranks)
+        self._count(least, encoder.ranks - more)
+        self._count(least + 1, more)
+        seconds = self._seconds(least + (more > 0))
+        self.busy_s += seconds
+        return seconds
 
+    def _seconds(self, tiles: int) -> float:
+        full, rest = divmod(tiles, self.encoder.batch_tiles)
+        return full * self.encoder.times_s[self.encoder.batch_tiles] + self.encoder.times_s[rest]
 
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodingSpec(ReplicaSpec):
-    """A replica that encodes for itself; raises PoolError for one of several pipeline stages or attention groups."""
+    def _count(self, tiles: int, ranks: int) -> None:
+        full, rest = divmod(tiles, self.encoder.batch_tiles)
+        for size, count in ((self.encoder.batch_tiles, full), (rest, 1)):
+            if size and count and ranks:
+                self.batches[size] = self.batches.get(size, 0) + count * ranks
 
-    encoder: OwnEncoder | None = None
-
-    def __post_init__(self) -> None:
-        """Raise PoolError where there is no encoder, or more than one scheduler."""
-        if self.encoder is None or self.lanes > 1:
-            raise PoolError("a replica that encodes needs an encoder, and no pipeline stages or attention groups")
-
-    def start(self, prompts: list[int], outputs: list[int], log: Log, index: int) -> AnyReplica:
-        """A fresh replica that serves requests from the given lists and writes to `log`."""
-        assert self.encoder is not None
-        scheduler = Scheduler(self.scheduler, self.kv_blocks, prompts, outputs)
-        return EncodingReplica(self.model, [scheduler], log, index, self.encoder)
+    def consumption(self, device: Device, dtype: str) -> tuple[float, float, float]:
+        """FLOPs, bytes, and joules above idle power; zeros where the works are not known."""
+        return encode_consumption(self.encoder.works, self.encoder.times_s, self.batches, device, dtype)

@@ -7,7 +7,7 @@ from math import inf
 
 from hwmodels.step_model import StepModel
 from simulator.log import Log
-from simulator.replica import steps_ended, steps_until
+from simulator.replica import Before, steps_ended, steps_until
 from simulator.scheduler import Scheduler
 
 
@@ -18,6 +18,9 @@ class LockstepReplica:
     group's batch cannot change, its step time is affine in that number, so the group is not touched; it is told the
     steps it took when its run ends or a request joins it. Steps are taken together for as long as no run ends and the
     same group stays the slowest.
+
+    before_prompts_s   seconds that a step with prompts waits first, by a group's chunks, and the others with it; None:
+                       none
     """
 
     __slots__ = (
@@ -37,6 +40,7 @@ class LockstepReplica:
         "_taken",
         "_tokens",
         "_unfinished",
+        "before_prompts_s",
         "end",
         "index",
         "log",
@@ -52,6 +56,7 @@ class LockstepReplica:
         self.index = index
         self.now = 0.0
         self.end = inf
+        self.before_prompts_s: Before | None = None
         self._start = self._first = self._slope = 0.0
         self._steps = 0
         self._taken = 0
@@ -164,6 +169,8 @@ class LockstepReplica:
         model = self.model
         total = sum(self._tokens)
         self._first = slowest + model.stages[0].shared[total] + model.overhead_s(max(self._sampled), any(self._prompts))
+        if self.before_prompts_s is not None:
+            self._first += self._before(self.before_prompts_s)
         self._slope = slope
         self._steps = steps
         self.end = start + steps * (self._first + slope * (steps - 1) / 2)
@@ -174,6 +181,11 @@ class LockstepReplica:
                 if scheduler.chunks and self._ends[lane] < inf:
                     self.log.watch(self.index, lane, scheduler.chunks, start, self.end)
         return self.end
+
+    def _before(self, before_prompts_s: Before) -> float:
+        """Seconds until all groups with prompts in the next step can begin with it."""
+        lanes = (lane for lane, ends in enumerate(self._ends) if self._prompts[lane] and ends < inf)
+        return max((before_prompts_s(self.schedulers[lane].chunks) for lane in lanes), default=0.0)
 
     def _form(self, lane: int) -> None:
         """Let a group form its next batch, after telling it the steps of a run that a request has cut short."""

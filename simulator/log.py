@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.scheduler import Chunk, Scheduler
+
+if TYPE_CHECKING:
+    from simulator.encoding import Encoding
 
 #: See Log.spans.
 Span = tuple[int, int, int, float, int, float]
@@ -28,6 +32,9 @@ class Log:
     transfers        (request, source, target, bytes, ready, reserved, landed) of KV that went from replica to replica
     carried_bytes    over every link between replicas
     requeued, lost_kv_blocks   requests whose replica was removed, and the KV blocks that went with them
+    role_switches    replicas that have changed roles
+    cached_tokens    by request, prompt tokens that it found cached when first admitted, where there were any
+    encoding   who encodes the images of requests; None where these have none
     watch   told of every step that computes prompts, where somebody wants to know
     spans   (request, replica, lane, first token, tokens, joined) of what requests emitted before they were interrupted;
             joined is when the sequence could first decode, at its first token or later
@@ -38,7 +45,9 @@ class Log:
         "_resumed_s",
         "_spanned",
         "arrival_s",
+        "cached_tokens",
         "carried_bytes",
+        "encoding",
         "events",
         "finish_s",
         "first_schedule_s",
@@ -52,6 +61,7 @@ class Log:
         "rejected",
         "replica",
         "requeued",
+        "role_switches",
         "segments",
         "spans",
         "transfers",
@@ -76,25 +86,48 @@ class Log:
         self.carried_bytes: NDArray[np.float64] = np.empty(0)
         self.requeued: list[int] = []
         self.lost_kv_blocks = 0
+        self.role_switches = 0
+        self.cached_tokens: dict[int, int] = {}
         self.limited: set[str] = set()
         self.peak_seqs = 0
         self.peak_blocks = 0
+        self.encoding: Encoding | None = None
         self._resumed_s: dict[int, float] = {}
         self._spanned: dict[int, int] = {}
         self._joined_s: dict[int, float] = {}
 
     def extremes(self, schedulers: Iterable[Scheduler]) -> None:
-        """Note what held the schedulers back and the most they had in use."""
+        """Note what held the schedulers back, the most they had in use, and what requests found cached."""
         for scheduler in schedulers:
             self.limited |= scheduler.limited
             self.peak_seqs = max(self.peak_seqs, scheduler.peak_seqs)
             self.peak_blocks = max(self.peak_blocks, scheduler.peak_blocks)
+            if scheduler.cache is not None:
+                self.cached_tokens = scheduler.cache.cached_tokens | self.cached_tokens
+
+    def renumber(self, order: NDArray[np.int64]) -> None:
+        """Give the request at position i the number order[i] in all that is noted."""
+        for name in ("first_schedule_s", "first_token_s", "finish_s", "replica", "lane"):
+            values = getattr(self, name)
+            given = np.empty(len(values), dtype=values.typecode)
+            given[order] = values
+            setattr(self, name, array(values.typecode, given.tobytes()))
+        arrival_s = np.empty_like(self.arrival_s)
+        arrival_s[order] = self.arrival_s
+        self.arrival_s = arrival_s
+        now = order.tolist()
+        for name in ("preemptions", "cached_tokens", "_resumed_s", "_spanned", "_joined_s"):
+            setattr(self, name, {now[request]: value for request, value in getattr(self, name).items()})
+        self.rejected = [now[request] for request in self.rejected]
+        self.requeued = [now[request] for request in self.requeued]
+        self.spans = [(now[request], *rest) for request, *rest in self.spans]
+        self.transfers = [(now[request], *rest) for request, *rest in self.transfers]
 
     def scheduled(self, scheduler: Scheduler, at_s: float) -> None:
         """Note the requests whose first chunk starts in the formed step."""
         first_schedule_s = self.first_schedule_s
-        for request, _, before in scheduler.chunks:
-            if not before and first_schedule_s[request] != first_schedule_s[request]:
+        for request, _, _ in scheduler.chunks:
+            if first_schedule_s[request] != first_schedule_s[request]:
                 first_schedule_s[request] = at_s
 
     def prefilled(self, scheduler: Scheduler, at_s: float) -> None:

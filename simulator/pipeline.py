@@ -7,6 +7,7 @@ from math import inf
 
 from hwmodels.step_model import StepModel
 from simulator.log import Log
+from simulator.replica import Before
 from simulator.scheduler import Scheduler
 
 
@@ -17,6 +18,8 @@ class PipelineReplica:
     stage when it has left the one before and that stage is free, so bubbles appear by themselves. The interface is
     that of Replica, but `end` is when the next step starts: only then is its batch decided, and the requests that
     `commit` returns finish later, at their `finish_s` in the log.
+
+    before_prompts_s   seconds that a step with prompts waits first in the first stage, by its chunks; None: none
     """
 
     __slots__ = (
@@ -29,6 +32,7 @@ class PipelineReplica:
         "_ready",
         "_runs",
         "_transfers",
+        "before_prompts_s",
         "end",
         "index",
         "log",
@@ -44,6 +48,7 @@ class PipelineReplica:
         self.index = index
         self.now = 0.0
         self.end = inf
+        self.before_prompts_s: Before | None = None
         self._free_at = [0.0] * len(model.stages)
         self._ready = [0.0] * len(schedulers)  # when a scheduler's last step leaves the last stage
         self._leaving = [0] * len(schedulers)  # requests that finish with it
@@ -152,6 +157,8 @@ class PipelineReplica:
         items = scheduler.items
         transfer = model.transfer[running + sum(new for new, _ in items)]
         at = now - transfer
+        if items and self.before_prompts_s is not None:
+            at += self.before_prompts_s(scheduler.chunks)
         for stage, busy in enumerate(model.stages_s(running, context, items)):
             at = max(at + transfer, free_at[stage]) + busy
             free_at[stage] = at

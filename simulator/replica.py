@@ -7,12 +7,15 @@ that follows it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, inf, sqrt
 
 from hwmodels.step_model import StepModel
 from simulator.log import Log
-from simulator.scheduler import Scheduler
+from simulator.scheduler import Chunk, Scheduler
+
+#: Seconds that a step with these prompts has to wait before it, such as for their images to be encoded.
+Before = Callable[[Sequence[Chunk]], float]
 
 
 def steps_until(first_s: float, slope_s: float, wait_s: float, limit: int) -> int:
@@ -57,6 +60,7 @@ class Replica:
     index   where the replica stands in the log
     now     the step boundary reached, in seconds
     end     when the planned steps end; inf when idle
+    before_prompts_s   seconds that a step with prompts waits first, by their chunks; None: none
     """
 
     __slots__ = (
@@ -64,6 +68,7 @@ class Replica:
         "_slope",
         "_start",
         "_steps",
+        "before_prompts_s",
         "end",
         "index",
         "log",
@@ -81,6 +86,7 @@ class Replica:
         self.index = index
         self.now = 0.0
         self.end = inf
+        self.before_prompts_s: Before | None = None
         self._steps = 0
         self._start = 0.0
         self._first = 0.0
@@ -188,6 +194,8 @@ class Replica:
             self._steps = 1
             self._slope = 0.0
             duration = self.model.step_s(running, context, scheduler.items)
+            if self.before_prompts_s is not None:
+                duration += self.before_prompts_s(scheduler.chunks)
             if self.log.watch is not None:
                 self.log.watch(self.index, 0, scheduler.chunks, start, start + duration)
         else:

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from simulator.encode import EncodeUse
+
 Floats = NDArray[np.float64]
 
 #: Columns of the step log; one row is `steps` consecutive steps of one lane with the same set of sequences.
@@ -58,6 +60,7 @@ class RunTotals:
     seed, events         what the run was drawn from, and scheduling decisions taken
     requeued, lost_kv_blocks   requests that started anew because their replica failed, and KV blocks lost with them
     role_switches        replicas that went from prefill to decode or back
+    roles                what each replica did when the run began, see simulator.deployment.Role; () where not known
     """
 
     gpus: int
@@ -76,6 +79,7 @@ class RunTotals:
     requeued: int = 0
     lost_kv_blocks: int = 0
     role_switches: int = 0
+    roles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ class Result:
     totals     sums over the run
     transfers  KV that went from replica to replica, columns TRANSFER_COLUMNS; empty where replicas share no requests
     links      name, bytes_per_s and carried_bytes of every link between replicas
+    encode     what encoding took; None where requests had no images
     """
 
     requests: pd.DataFrame
@@ -99,6 +104,7 @@ class Result:
     totals: RunTotals
     transfers: pd.DataFrame = field(default_factory=lambda: transfer_frame([]))
     links: pd.DataFrame = field(default_factory=lambda: link_frame([], [], []))
+    encode: EncodeUse | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -136,12 +142,14 @@ def request_frame(
     replica: ArrayLike = 0,
     lane: ArrayLike = 0,
     preemptions: ArrayLike = 0,
+    cached_tokens: ArrayLike = 0,
     class_codes: ArrayLike = 0,
     class_names: Sequence[str] = ("default",),
 ) -> pd.DataFrame:
     """One row per request, in the order given; times in seconds, NaN where something never happened.
 
     rejected      true for requests that can never fit: counted, never scheduled
+    cached_tokens prompt tokens that were found cached and not computed
     class_codes   position of each request's SLO class in class_names
 
     Adds `request` (the position), `slo_class`, and the latencies `ttft_s`, `tpot_s`, `e2e_s` and `queue_s` (arrival to
@@ -169,6 +177,7 @@ def request_frame(
             "prompt_tokens": ints(prompt_tokens),
             "output_tokens": ints(output_tokens),
             "preemptions": ints(preemptions),
+            "cached_tokens": ints(cached_tokens),
             "rejected": np.broadcast_to(np.asarray(rejected, dtype=bool), arrival.shape),
             "ttft_s": ttft,
             "tpot_s": tpot,

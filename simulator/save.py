@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
+
 from simulator.errors import SaveError
 from simulator.metrics import Metrics, none_for_nan
 from simulator.result import Result
@@ -25,6 +27,10 @@ def save_result(
 ) -> None:
     """Write requests.parquet, requests.csv, metrics.json (with the run's totals) and timeline.json into a folder.
 
+    Where KV went from replica to replica, transfers.csv too; where links join them, links.csv, with their utilisation:
+    what a link carried over what it could have carried while the run lasted. (Files of these names are replaced by
+    empty tables, lest those of another run seem to belong to this one.)
+
     also   further text files to appear with them, contents by name
 
     A new folder, its missing parents included, appears with all files in it. In a folder that exists, files of these
@@ -33,10 +39,14 @@ def save_result(
     numbers = {**metrics.as_dict(), "totals": none_for_nan(asdict(result.totals))}
     writers: dict[str, Writer] = {
         "requests.parquet": lambda path: _write_parquet(result, path),
-        "requests.csv": lambda path: _write_csv(result, path),
+        "requests.csv": lambda path: _write_csv(result.requests.astype({"slo_class": str}), path),
         "metrics.json": _text(json.dumps(numbers, indent=2, allow_nan=False) + "\n"),
         "timeline.json": lambda path: _write_timeline(result, path),
     }
+    if len(result.transfers) or os.path.lexists(os.path.join(folder, "transfers.csv")):
+        writers["transfers.csv"] = lambda path: _write_csv(result.transfers, path)
+    if len(result.links) or os.path.lexists(os.path.join(folder, "links.csv")):
+        writers["links.csv"] = lambda path: _write_csv(_used(result), path)
     write_files(folder, writers | {name: _text(text) for name, text in (also or {}).items()})
 
 
@@ -133,12 +143,18 @@ def _write_parquet(result: Result, path: Path) -> None:
     result.requests.to_parquet(path, index=False)
 
 
-def _write_csv(result: Result, path: Path) -> None:
+def _used(result: Result) -> pd.DataFrame:
+    """The links with `utilisation`, within [0, 1]; NaN for a run that took no time."""
+    could_bytes = result.links["bytes_per_s"] * result.totals.makespan_s
+    return result.links.assign(utilisation=(result.links["carried_bytes"] / could_bytes).where(could_bytes > 0))
+
+
+def _write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Empty where a time does not exist; numbers with as many digits as read back to the same value."""
     import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
     from pyarrow import csv  # type: ignore[import-untyped, unused-ignore]
 
-    table = pa.Table.from_pandas(result.requests.astype({"slo_class": str}), preserve_index=False)
+    table = pa.Table.from_pandas(frame, preserve_index=False)
     csv.write_csv(table, path, csv.WriteOptions(quoting_style="needed"))
 
 

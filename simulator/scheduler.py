@@ -15,6 +15,7 @@ from operator import mul
 from typing import Literal
 
 from simulator.errors import SchedulerError
+from simulator.prefixcache import EVICTIONS, PrefixCache
 
 Policy = Literal["chunked", "prefill-first", "orca", "static"]
 #: Requests are told from steps by their low bits.
@@ -37,6 +38,8 @@ class SchedulerConfig:
     token_budget         tokens in one step
     block_tokens         tokens of one KV block
     max_context_tokens   longest prompt + output
+    prefix_caching       off, or the order in which KV that nobody uses is forgotten: a key of
+                         simulator.prefixcache.EVICTIONS; of effect where requests come with block hashes
     """
 
     policy: Policy = "chunked"
@@ -44,6 +47,7 @@ class SchedulerConfig:
     token_budget: int = 2048
     block_tokens: int = 16
     max_context_tokens: int = 32768
+    prefix_caching: str = "off"
 
     def __post_init__(self) -> None:
         """Raise SchedulerError for settings that contradict each other."""
@@ -58,6 +62,12 @@ class SchedulerConfig:
                 f"max_seqs={self.max_seqs}: every decoding sequence takes a token of the step, so at most "
                 f"token_budget={self.token_budget} can run; lower max_seqs or raise token_budget"
             )
+        if self.prefix_caching != "off":
+            if self.prefix_caching not in EVICTIONS:
+                expected = ", ".join(EVICTIONS)
+                raise SchedulerError(f"prefix_caching={self.prefix_caching!r}: expected off, {expected}")
+            if self.policy == "static":
+                raise SchedulerError("prefix_caching with policy static: expected a policy that pages its KV")
 
 
 class Scheduler:
@@ -65,11 +75,14 @@ class Scheduler:
 
     prompts, outputs   tokens of every request of the run; outputs tell when a sequence ends, policies never see them
     kv_blocks          blocks of the KV pool
+    cache              the blocks whose KV is kept for other prompts, None where none is; blocks that several sequences
+                       share are counted once, those that nobody uses not at all: they give way
     """
 
     __slots__ = (
         "_admit",
         "_apart",
+        "_before",
         "_block",
         "_finish_at",
         "_heap",
@@ -78,6 +91,7 @@ class Scheduler:
         "_partial",
         "_partial_done",
         "_weights",
+        "cache",
         "chunks",
         "config",
         "context_offset",
@@ -109,6 +123,7 @@ class Scheduler:
         self.kv_blocks = kv_blocks
         self.prompts = prompts
         self.outputs = outputs
+        self.cache: PrefixCache | None = None
         self.waiting: deque[int] = deque()
         self.expected = 0  # sequences whose KV is to come from another replica
         self.landed: list[int] = []  # those whose KV has come and that join the decodes in the next step
@@ -139,6 +154,7 @@ class Scheduler:
         self._apart = 0  # blocks of sequences that do not decode: in prefill, on their way to or from another replica
         self._partial = -1
         self._partial_done = 0
+        self._before = 0  # tokens that the sequence admitted last found cached
         self._padded = config.policy == "static"
         # The last token of an output is never cached; a whole prompt, or what a preemption makes of it, is one step.
         self.longest_tokens = min(config.max_context_tokens, kv_blocks * config.block_tokens + 1)
@@ -166,12 +182,18 @@ class Scheduler:
     def hold(self, request: int) -> None:
         """Keep the KV of a request that has just finished, because another replica goes on with it."""
         blocks = -(-self._prompt(request) // self._block)
+        if self.cache is not None:
+            self.cache.find(request, self._prompt(request))
+            self.cache.take(request)
+            blocks -= self.cache.shared
         self._apart += blocks
         self.reserved += blocks
 
     def release(self, request: int) -> None:
         """Give the blocks of `hold` back."""
         blocks = -(-self._prompt(request) // self._block)
+        if self.cache is not None:
+            blocks -= self.cache.release(request, self._prompt(request))
         self._apart -= blocks
         self.reserved -= blocks
 
@@ -216,7 +238,7 @@ class Scheduler:
         for request in self.landed:
             self.unexpect(request)
             self.waiting.append(request)
-        self.waiting.extend(request for request, _, before in self.chunks if not before)
+        self.waiting.extend(request for request, _, _ in self.chunks if request != self._partial)
         self.landed = []
         while self._partial >= 0 or self._finish_at:
             self._preempt_last()
@@ -304,7 +326,9 @@ class Scheduler:
             if not chunks and self._heap[0] >> REQUEST_BITS > self.steps:
                 return []
         finished: list[int] = []
-        block, finish_at = self._block, self._finish_at
+        block, finish_at, cache = self._block, self._finish_at, self.cache
+        if cache is not None:
+            cache.make_room(self.kv_blocks - self.blocks_held())
         if self.decode_runs:
             heap = self._heap
             due = (self.steps + 1) << REQUEST_BITS
@@ -320,6 +344,8 @@ class Scheduler:
                         self.context_offset -= cached - at
                         self._needs[(at - cached) % block] -= 1
                         self.reserved -= -(-cached // block)
+                        if cache is not None:
+                            self._own(-cache.release(request, cached))
         if chunks:
             self.prefilled = []
             now = self.steps
@@ -338,6 +364,8 @@ class Scheduler:
                     self._partial = -1
                 self.prefilled.append(request)
                 self._apart -= -(-target // block)
+                if cache is not None:
+                    self._own(cache.complete(request, target))
                 if left:
                     finish_at[request] = now + left
                     heappush(self._heap, now + left << REQUEST_BITS | request)
@@ -351,6 +379,8 @@ class Scheduler:
                         self.context_offset += target - now
                     else:
                         self.reserved -= -(-target // block)
+                        if cache is not None:
+                            self._own(-cache.release(request, target))
             self.chunks = []
             self.items = []
         if finished:
@@ -378,11 +408,16 @@ class Scheduler:
             self._apart -= -(-prompt // block)
         self.peak_seqs = max(self.peak_seqs, self.running)
 
+    def _own(self, fewer: int) -> None:
+        """Count `fewer` KV blocks less: so many more are shared, of which every sequence counts its own."""
+        self._apart -= fewer
+        self.reserved -= fewer
+
     def _preempt_last(self) -> None:
         """Send the sequence admitted last back to the front of the queue, to be recomputed."""
         block = self._block
         if self._partial >= 0:
-            request = self._partial
+            request, cached = self._partial, self._partial_done
             self._partial = -1
             self._apart -= -(-(self.prompts[request] + self.generated.get(request, 0)) // block)
         else:
@@ -394,6 +429,8 @@ class Scheduler:
             self._needs[(self.steps - cached) % block] -= 1
             self.generated[request] = self.outputs[request] - left
         self.reserved -= -(-(self.prompts[request] + self.outputs[request] - 1) // block)
+        if self.cache is not None:
+            self._own(-self.cache.release(request, cached))
         self.waiting.appendleft(request)
         self.preempted.append(request)
 
@@ -406,17 +443,33 @@ class Scheduler:
         if self.reserved <= self.kv_blocks or self.kv_blocks >= self.blocks_held(1):
             return False
         self.limited.add("kv")
+        if self.cache is not None:
+            self.cache.make_room(self.kv_blocks - self.blocks_held())
         while self.kv_blocks < self.blocks_held(1):
             self._preempt_last()
         self.decode_runs = self.running > 0
         self.settled = False
         return True
 
+    def _find(self, request: int, target: int) -> int:
+        """How many of `target` tokens are cached; at least the last one has to be computed."""
+        if self.cache is None:
+            return 0
+        self.cache.make_room(self.free)
+        return self.cache.find(request, target - 1)
+
     def _admit_head(self, request: int, target: int) -> bool:
-        """Take the head of the queue with `target` tokens to prefill from it, if there are blocks for them."""
-        block = self._block
+        """Take the head of the queue with a context of `target` tokens from it, if there are blocks for them.
+
+        Sets `_before`, the tokens of it that are cached.
+        """
+        block, cache = self._block, self.cache
         blocks = -(-target // block)
         last = -(-(self.prompts[request] + self.outputs[request] - 1) // block)
+        if cache is not None:
+            self._before = self._find(request, target)
+            blocks -= cache.shared
+            last -= cache.shared
         if self._padded:
             last = -(-self.config.max_context_tokens // block)
         reserved = self.reserved + last
@@ -428,6 +481,9 @@ class Scheduler:
             self.peak_blocks = reserved
         self._apart += blocks
         self.waiting.popleft()
+        if cache is not None:
+            cache.take(request)
+            cache.make_room(self.free)
         return True
 
 
@@ -459,12 +515,13 @@ def _chunked(s: Scheduler) -> None:
         target = s.prompts[head] + (s.generated.get(head, 0) if s.generated else 0)
         if not s._admit_head(head, target):
             return
-        new = target
-        if target > left:
+        before = s._before
+        new = target - before
+        if new > left:
             s.limited.add("tokens")
             new = left
-        s.chunks.append((head, new, 0))
-        s.items.append((new, 0))
+        s.chunks.append((head, new, before))
+        s.items.append((new, before))
         left -= new
         room -= 1
 
@@ -475,14 +532,15 @@ def _whole_prompts(s: Scheduler, left: int) -> None:
     while s.waiting:
         head = s.waiting[0]
         target = s.prompts[head] + (s.generated.get(head, 0) if s.generated else 0)
-        if room <= 0 or target > left:
+        if room <= 0 or target - s._find(head, target) > left:
             s.limited.add("seqs" if room <= 0 else "tokens")
             return
         if not s._admit_head(head, target):
             return
-        s.chunks.append((head, target, 0))
-        s.items.append((target, 0))
-        left -= target
+        before = s._before
+        s.chunks.append((head, target - before, before))
+        s.items.append((target - before, before))
+        left -= target - before
         room -= 1
 
 

@@ -10,8 +10,10 @@ import simpy
 
 from simulator.collect import collect
 from simulator.deployment import AnyReplica, Deployment
+from simulator.encoding import prepared
 from simulator.log import Log
 from simulator.pools import Pools
+from simulator.prefixcache import equip
 from simulator.result import Result
 from simulator.together import STRIDE, Load, Look, Together
 from simulator.workload import Requests, Workload
@@ -63,6 +65,7 @@ def run(
     """
     if isinstance(workload, Requests):
         workload = Workload(workload)
+    workload, encoding = prepared(deployment, workload, record=record)
     requests = workload.requests
     rng = np.random.default_rng(seed)
     log = Log(len(requests), record=record)
@@ -71,8 +74,12 @@ def run(
         spec.start(prompts, outputs.copy() if deployment.pooled else outputs, log, index)
         for index, spec in enumerate(deployment.replicas)
     ]
+    if requests.block_hashes is not None:
+        equip([scheduler for replica in replicas for scheduler in replica.schedulers], requests.block_hashes)
     env = simpy.Environment()
     log.arrival_s = requests.arrival_s
+    if encoding is not None:
+        encoding.attach(deployment, replicas, log)
 
     def look(events: int) -> None:
         if progress is not None:
@@ -84,6 +91,8 @@ def run(
         _serve(env, deployment, workload, replicas, rng, log, look)
     finally:
         log.extremes(scheduler for replica in replicas for scheduler in replica.schedulers)
+        if encoding is not None:
+            encoding.detach(log)
     return log
 
 
@@ -124,7 +133,9 @@ def _serve(
         choose = router.choose
         assert choose is not None
         route = lambda: choose(loads, shares, rng)  # noqa: E731
-    together = Together(env, replicas, loads, route, workload, reaching_s.tolist(), frontend_s, log, look)
+    together = Together(
+        env, replicas, loads, route, workload, reaching_s.tolist(), frontend_s, log, look, prefixes=router.prefixes
+    )
     together.start()
     env.run()
     if workload.concurrency is not None:

@@ -25,6 +25,7 @@ class Load:
     """A replica as a router sees it."""
 
     outstanding_tokens: int = 0
+    missing_tokens: int = 0
 
 
 class Together:
@@ -41,8 +42,14 @@ class Together:
         frontend_s: float,
         log: Log,
         look: Look,
+        *,
+        prefixes: bool = False,
     ) -> None:
         self.env = env
+        # Where routers want to know what is cached of a request: the caches of each replica.
+        schedulers = [replica.schedulers if prefixes else () for replica in replicas]
+        self.caches = [[s.cache for s in lanes if s.cache is not None] for lanes in schedulers]
+        self.prefixes = prefixes
         self.replicas = replicas
         self.loads = loads
         self.route = route
@@ -80,6 +87,7 @@ class Together:
         if request is None:
             return
         self.arrival_s[request] = now_s
+        self._see(request)
         index = self.route()
         replica = self.replicas[index]
         before = replica.end
@@ -97,6 +105,17 @@ class Together:
                 self._arrives(now_s + self.pause_s)
         elif request + 1 < len(self.arrival_s):
             self._arrives(self.arrival_s[request + 1])
+
+    def _see(self, request: int) -> None:
+        """Let the router know how much of an arriving request each replica would compute, at the lane that has most."""
+        if not self.prefixes:
+            return
+        prompt = self.prompts[request]
+        for load, caches in zip(self.loads, self.caches, strict=True):
+            found = 0
+            for cache in caches:
+                found = max(found, cache.peek(request, prompt - 1))
+            load.missing_tokens = prompt - found
 
     def _finished(self, index: int, request: int) -> None:
         """A step has finished a request, or will when it has left the stages of a pipeline."""

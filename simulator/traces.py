@@ -17,7 +17,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
@@ -31,6 +31,7 @@ import pyarrow.json
 import yaml
 from numpy.typing import NDArray
 
+from simulator.blockhashes import BlockHashes
 from simulator.errors import TraceError
 from simulator.workload import MAX_ARRIVAL_S, MAX_TOKENS, Floats, Requests
 
@@ -56,6 +57,9 @@ AZURE = _Layout("Azure 2023 CSV", ("TIMESTAMP", "ContextTokens", "GeneratedToken
 MOONCAKE = _Layout("Mooncake JSON lines", ("timestamp", "input_length", "output_length"), 1e3, relative=True)
 PLAIN = _Layout("plain CSV", ("arrival_s", "prompt_tokens", "output_tokens"), 1.0, relative=False)
 SLO_CLASS = "slo_class"
+HASHES = "hash_ids"
+#: Tokens of the blocks that Mooncake's traces hash.
+MOONCAKE_BLOCK_TOKENS = 512
 
 _KNOWN = (
     f"{','.join(AZURE.columns)} ({AZURE.name}), {','.join(PLAIN.columns)}[,{SLO_CLASS}] ({PLAIN.name}), "
@@ -72,6 +76,7 @@ class _Columns:
     output: Floats
     slo_class: NDArray[Any]
     class_names: tuple[str, ...] = ("default",)
+    hashes: BlockHashes | None = None
 
 
 class _Fault(Exception):
@@ -82,22 +87,30 @@ class _Fault(Exception):
         self.line = line
 
 
-def read_trace(path: str | PathLike[str], *, drop_empty: bool = False) -> Requests:
+def read_trace(
+    path: str | PathLike[str], *, drop_empty: bool = False, hash_block_tokens: int | None = MOONCAKE_BLOCK_TOKENS
+) -> Requests:
     """The requests recorded in a file, in order of arrival (equal times: in order of the file).
 
     The layout is found from the content, gzip included:
 
     TIMESTAMP,ContextTokens,GeneratedTokens            CSV of AzurePublicDataset; dates, UTC where no offset is given
     arrival_s,prompt_tokens,output_tokens[,slo_class]  plain CSV; seconds since the start
-    {"timestamp", "input_length", "output_length"}     JSON lines of Mooncake; milliseconds
+    {"timestamp", "input_length", "output_length"[, "hash_ids"]}
+                                                       JSON lines of Mooncake; milliseconds, block ids of the prompt
 
     Dates and milliseconds are counted from the earliest request; other columns and keys are ignored. Requests without
     prompt or output tokens (failed ones; the 2023 Azure and the Mooncake traces have none) are an error unless
     `drop_empty`, which leaves them out and logs how many. Raises TraceError naming file, line and value.
+
+    hash_block_tokens   tokens of one block of hash_ids; None leaves them unread
     """
     try:
         text = _text(Path(path))
-        layout, columns = _read_json(text, drop_empty) if text.lstrip()[:1] == "{" else _read_csv(text, drop_empty)
+        if text.lstrip()[:1] == "{":
+            layout, columns = _read_json(text, drop_empty, hash_block_tokens)
+        else:
+            layout, columns = _read_csv(text, drop_empty)
         return _requests(layout, columns, path)
     except _Fault as fault:
         where = f"{path}" if fault.line is None else f"{path}, line {fault.line}"
@@ -189,17 +202,66 @@ def _fast_csv(body: str, layout: _Layout, width: int, positions: Sequence[int]) 
     return _from_table(table.select(keys))
 
 
-def _read_json(text: str, drop_empty: bool) -> tuple[_Layout, _Columns]:
-    schema = pa.schema([(name, pa.float64()) for name in MOONCAKE.columns])
+def _read_json(text: str, drop_empty: bool, block_tokens: int | None) -> tuple[_Layout, _Columns]:
+    schema = pa.schema([*((name, pa.float64()) for name in MOONCAKE.columns), (HASHES, pa.list_(pa.int64()))])
     options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    rows: pa.ChunkedArray | None = None
     try:
         table = pa.json.read_json(pa.BufferReader(text.encode()), parse_options=options)
         columns = _from_table(table.select(list(MOONCAKE.columns)))
+        rows = table.column(HASHES)
     except pa.ArrowException:
         columns = None
     if columns is None or not _sound(MOONCAKE, columns, drop_empty):
         columns = _checked(MOONCAKE, _json_rows(text), drop_empty)
+    if block_tokens is not None:
+        hashes = _hashes(text, rows, columns.prompt.astype(np.int64), block_tokens)
+        columns = replace(columns, hashes=hashes)
     return MOONCAKE, columns
+
+
+def _hashes(text: str, rows: pa.ChunkedArray | None, prompts: NDArray[np.int64], size: int) -> BlockHashes | None:
+    """The block ids of all prompts, from Arrow's column if it is sound; None where no request has any."""
+    if f'"{HASHES}"' not in text or (rows is not None and rows.null_count == len(rows)):
+        return None
+    blocks = -(-prompts // size)
+    hashes: BlockHashes | None = None
+    if rows is not None and not rows.null_count:
+        flat = pa.compute.list_flatten(rows)
+        if not flat.null_count:
+            counts = pa.compute.list_value_length(rows).to_numpy()
+            if np.array_equal(counts, blocks):
+                hashes = BlockHashes(flat.to_numpy(), np.concatenate(([0], np.cumsum(counts))), size)
+    if hashes is None:
+        hashes = BlockHashes.of(_hash_rows(text, prompts, blocks, size), size)
+    try:
+        hashes.check_chained()
+    except TraceError as error:
+        raise _Fault(f"{HASHES}: {error}") from None
+    return hashes
+
+
+def _hash_rows(text: str, prompts: NDArray[np.int64], blocks: NDArray[np.int64], size: int) -> list[list[int]]:
+    """The block ids line by line; raises _Fault at the first line whose ids are none or not those of its blocks."""
+    found: list[list[int]] = []
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
+        value = json.loads(content)
+        if HASHES not in value:
+            raise _Fault(f"{_shown(content)}: {HASHES} missing; expected in all lines or in none", line)
+        ids = value[HASHES]
+        if not isinstance(ids, list) or not all(type(value) is int and abs(value) < 2**63 for value in ids):
+            raise _Fault(f"{HASHES} = {_shown(ids)}: expected a list of whole numbers", line)
+        row = len(found)
+        if len(ids) != blocks[row]:
+            raise _Fault(
+                f"{len(ids)} {HASHES} for {prompts[row]} prompt tokens: expected {blocks[row]}, one for every "
+                f"{size} tokens; give the trace's block size as hash_block_tokens, or None to leave them out",
+                line,
+            )
+        found.append(ids)
+    return found
 
 
 def _from_table(table: pa.Table) -> _Columns | None:
@@ -367,6 +429,7 @@ def _requests(layout: _Layout, columns: _Columns, path: str | PathLike[str]) -> 
             columns.output[kept][order].astype(np.int64),
             columns.slo_class[kept][order],
             columns.class_names,
+            None if columns.hashes is None else columns.hashes.pick(np.flatnonzero(kept)[order]),
         )
     except TraceError as error:
         raise _Fault(str(error)) from None

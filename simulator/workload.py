@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, inf, isfinite, log, nan, sqrt
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +18,11 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as checked
 
 from hwmodels.yamlfiles import PROFILES, named, read_as
+from simulator.blockhashes import BlockHashes, joined, private
 from simulator.errors import TraceError
+
+if TYPE_CHECKING:
+    from simulator.encode import Images
 
 Floats = NDArray[np.float64]
 Tokens = NDArray[np.int64]
@@ -39,6 +43,7 @@ class Requests:
     output_tokens   in [1, 2**31), the first token included
     slo_class       index into class_names; one number stands for all requests
     class_names     distinct names of the SLO classes
+    block_hashes    which requests begin alike, see simulator.blockhashes; None where nothing is known of it
 
     Raises TraceError naming the first offending index and value.
     """
@@ -48,6 +53,7 @@ class Requests:
     output_tokens: Tokens
     slo_class: NDArray[np.int16] = field(default_factory=lambda: np.zeros((), np.int16))
     class_names: tuple[str, ...] = ("default",)
+    block_hashes: BlockHashes | None = None
 
     def __post_init__(self) -> None:
         arrival_s = _numbers("arrival_s", self.arrival_s)
@@ -74,6 +80,8 @@ class Requests:
             values.setflags(write=False)
             object.__setattr__(self, name, values)
         object.__setattr__(self, "class_names", names)
+        if self.block_hashes is not None:
+            self.block_hashes.check(self.prompt_tokens, self.output_tokens)
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -119,10 +127,15 @@ class Requests:
         """The requests at `index`: a slice, a mask or ascending positions."""
         return self._pick(index, self.arrival_s[index])
 
+    def reordered(self, order: NDArray[np.int64], arrival_s: Floats) -> Requests:
+        """The requests at the positions `order`, which arrive at other times, ascending in that order."""
+        return self._pick(order, arrival_s)
+
     def take(self, n: int) -> Requests:
         """The first n requests; a shorter trace is repeated, each round one span and one mean gap after the last.
 
         So the rate is that of the trace. Requests that all arrive at once, or a single one, are repeated at once.
+        Requests of different rounds share no blocks: what is repeated is the traffic, not what it says.
 
         >>> Requests([0, 1, 2], [5, 6, 7], [1, 1, 1]).take(5).arrival_s.tolist()
         [0.0, 1.0, 2.0, 3.0, 4.0]
@@ -133,7 +146,9 @@ class Requests:
         period_s = self.span_s * len(self) / (len(self) - 1) if len(self) > 1 else 0.0
         rounds, position = np.divmod(np.arange(n), len(self))
         arrival_s = np.maximum.accumulate(self.arrival_s[position] + rounds * period_s)
-        return self._pick(position, arrival_s)
+        repeated = self._pick(position, arrival_s)
+        hashes = repeated.block_hashes
+        return repeated if hashes is None else replace(repeated, block_hashes=hashes.apart(rounds))
 
     def scaled_to_rate(self, rate_per_s: float) -> Requests:
         """The same requests with all arrival times stretched by one factor, so that their rate is `rate_per_s`.
@@ -165,11 +180,15 @@ class Requests:
             prompt_tokens=self.prompt_tokens[index],
             output_tokens=self.output_tokens[index],
             slo_class=self.slo_class[index],
+            block_hashes=None if self.block_hashes is None else self.block_hashes.pick(index),
         )
 
 
 def mix(*parts: Requests) -> Requests:
-    """All requests of `parts` in order of arrival (ties: in the order of the parts); classes of one name become one."""
+    """All requests of `parts` in order of arrival (ties: in the order of the parts); classes of one name become one.
+
+    Requests of different parts share no blocks, and those of a part that knows of none share none.
+    """
     if not parts:
         raise TraceError("nothing to mix: expected at least one set of requests")
     names = tuple(dict.fromkeys(name for part in parts for name in part.class_names))
@@ -182,7 +201,17 @@ def mix(*parts: Requests) -> Requests:
         np.concatenate([part.output_tokens for part in parts])[order],
         np.concatenate(classes)[order],
         names,
+        _mixed_hashes(parts, order),
     )
+
+
+def _mixed_hashes(parts: Sequence[Requests], order: NDArray[np.int64]) -> BlockHashes | None:
+    known = [part.block_hashes for part in parts if part.block_hashes is not None]
+    if not known:
+        return None
+    size = known[0].block_tokens
+    every = [private(p.prompt_tokens, size) if p.block_hashes is None else p.block_hashes for p in parts]
+    return joined(every).pick(order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +221,13 @@ class Workload:
     concurrency   None for arrival times; otherwise they are ignored: the first `concurrency` requests start at 0 and
                   each one that finishes (or is rejected) starts the next
     think_s       seconds a closed loop waits between a finish and the next start
+    images        what is seen in the requests, whose prompts are text; None for text alone
     """
 
     requests: Requests
     concurrency: int | None = None
     think_s: float = 0.0
+    images: Images | None = None
 
     def __post_init__(self) -> None:
         if self.concurrency is not None:
@@ -207,6 +238,11 @@ class Workload:
             raise TraceError(
                 f"think_s = {self.think_s}: expected 0 without concurrency; set concurrency for a closed loop"
             )
+
+    @property
+    def served(self) -> Requests:
+        """The requests as prefill sees them: with the tokens of their images in their prompts."""
+        return self.requests if self.images is None else self.images.prompts(self.requests)
 
 
 # Arrival processes: gaps(rng, n) draws n gaps of mean 1, to be divided by the rate.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import combinations_with_replacement
 from math import ceil, inf
 
@@ -18,11 +19,11 @@ from hwmodels.mapping import Mapping
 from hwmodels.step_model import Pieces, StepModel, Tables
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.encode import EncodePool, EncodeSpec, Images, encode_stage, reached, spread
-from simulator.encodehere import EncodingSpec, OwnEncoder
+from simulator.encodehere import OwnEncoder
 from simulator.errors import PoolError, TraceError
 from simulator.scheduler import SchedulerConfig
 from simulator.simulate import simulate
-from simulator.workload import Requests
+from simulator.workload import Requests, Workload
 
 TILE_S = 0.01
 
@@ -259,8 +260,8 @@ def test_bad_input_is_told_in_one_line() -> None:
         (lambda: EncodeSpec(linear(4), workers=0), "workers = 0: expected at least 1"),
         (lambda: EncodeSpec(linear(4), 1, batch_tiles=5), "times are known up to 4 tiles"),
         (lambda: EncodeSpec(linear(4), 1, bytes_per_s=0.0), "expected a positive rate"),
-        (lambda: OwnEncoder(linear(4), [1], 5), "expected 1 to 4"),
-        (lambda: EncodingSpec(step_model(), Mapping(), CONFIG, 10, DEVICE), "needs an encoder"),
+        (lambda: OwnEncoder(linear(4), 5), "expected 1 to 4"),
+        (lambda: OwnEncoder(linear(4), 4, ranks=0), "ranks = 0"),
     ):
         with pytest.raises(PoolError, match=said):
             bad()
@@ -292,9 +293,16 @@ def step_model() -> StepModel:
     return StepModel([Tables(nothing, [0.0], nothing, decode, prefill)], nothing, engine, 256, 64)
 
 
-def encoding(tiles: list[int], *, batch_tiles: int = 64, config: SchedulerConfig = CONFIG, blocks: int = 10_000):
-    encoder = OwnEncoder(linear(64, fixed_s=0.002), tiles, batch_tiles)
-    return Deployment([EncodingSpec(step_model(), Mapping(), config, blocks, DEVICE, encoder=encoder)])
+def encoding(*, batch_tiles: int = 64, config: SchedulerConfig = CONFIG, blocks: int = 10_000) -> Deployment:
+    encoder = OwnEncoder(linear(64, fixed_s=0.002), batch_tiles)
+    return Deployment([ReplicaSpec(step_model(), Mapping(), config, blocks, DEVICE, encoder=encoder)])
+
+
+def seen(requests: Requests, tiles: list[int]) -> Workload:
+    """Images whose tokens are counted in the prompts already, but for one a tile."""
+    images = Images(np.array(tiles), tokens=1)
+    text = replace(requests, prompt_tokens=requests.prompt_tokens - images.of(len(requests)))
+    return Workload(text, images=images)
 
 
 def plain(config: SchedulerConfig = CONFIG, blocks: int = 10_000) -> Deployment:
@@ -303,16 +311,16 @@ def plain(config: SchedulerConfig = CONFIG, blocks: int = 10_000) -> Deployment:
 
 def test_a_lone_request_is_encoded_and_then_prefilled() -> None:
     """7 tiles in batches of 3: two full ones and a single tile, 2 ms each beside the tiles; 40 prompt tokens."""
-    frame = simulate(encoding([7], batch_tiles=3), Requests([1.0], [40], [3])).requests
+    frame = simulate(encoding(batch_tiles=3), seen(Requests([1.0], [40], [3]), [7])).requests
     assert frame.ttft_s[0] == pytest.approx(7 * TILE_S + 3 * 0.002 + 40 * PROMPT_S)
     assert frame.e2e_s[0] == pytest.approx(frame.ttft_s[0] + 2 * DECODE_S)
 
 
 def test_encoding_holds_up_the_decodes_beside_it() -> None:
     """The first request's answer pauses for the second one's tiles and prompt."""
-    requests = Requests([0.0, 0.1], [10, 10], [100, 1])
+    requests = Requests([0.0, 0.1], [10, 30], [100, 1])
     alone = simulate(plain(), requests).requests
-    both = simulate(encoding([0, 20]), requests).requests
+    both = simulate(encoding(), seen(requests, [0, 20])).requests
     assert both.finish_s[0] - alone.finish_s[0] == pytest.approx(20 * TILE_S + 0.002)
     assert both.ttft_s[1] - alone.ttft_s[1] == pytest.approx(20 * TILE_S + 0.002)
 
@@ -321,7 +329,7 @@ def test_text_alone_takes_as_long_as_without_an_encoder() -> None:
     rng = np.random.default_rng(6)
     requests = Requests(poisson(7, 20.0, 300), rng.integers(1, 200, 300), rng.integers(1, 40, 300))
     assert (
-        simulate(encoding([0] * 300), requests).requests.finish_s.tolist()
+        simulate(encoding(), seen(requests, [0] * 300)).requests.finish_s.tolist()
         == simulate(plain(), requests).requests.finish_s.tolist()
     )
 
@@ -333,7 +341,7 @@ def test_one_request_at_a_time_is_m_d_1_of_both_times(load: float) -> None:
     service_s = 0.002 + 4 * TILE_S + 20 * PROMPT_S
     arrival_s = poisson(8, load / service_s, 60_000)
     requests = Requests(arrival_s, np.full(60_000, 20), np.ones(60_000, dtype=int))
-    found = simulate(encoding([4] * 60_000, config=config), requests, record=False).requests
+    found = simulate(encoding(config=config), seen(requests, [4] * 60_000), record=False).requests
     assert_mean(found.queue_s.to_numpy(), load * service_s / (2 * (1 - load)))
     assert found.ttft_s.min() == pytest.approx(service_s)
 
@@ -342,8 +350,8 @@ def test_a_preempted_request_is_not_encoded_again() -> None:
     """Eight answers outgrow the KV blocks; all replicas' time is steps and one encoding of each request."""
     config = SchedulerConfig("prefill-first", max_seqs=8, token_budget=256, block_tokens=16, max_context_tokens=240)
     requests = Requests(np.zeros(8), np.full(8, 32), np.full(8, 100))
-    deployment = encoding([5] * 8, config=config, blocks=40)
-    result = simulate(deployment, requests)
+    deployment = encoding(config=config, blocks=40)
+    result = simulate(deployment, seen(requests, [5] * 8))
     without = simulate(plain(config, 40), requests)
     assert result.requests.preemptions.sum() > 0
     assert result.requests.preemptions.tolist() == without.requests.preemptions.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ import pytest
 from simulator import save
 from simulator.errors import SaveError
 from simulator.metrics import summarize
-from simulator.result import Result, RunTotals, request_frame
+from simulator.result import Result, RunTotals, link_frame, request_frame, transfer_frame
 from simulator.save import save_result, write_files, write_text
 
 nan = float("nan")
@@ -68,6 +69,33 @@ def test_what_is_saved_reads_back(tmp_path: Path) -> None:
     assert numbers["mfu"] is None
     assert numbers["totals"]["seed"] == 7
     assert json.loads((folder / "timeline.json").read_text())["traceEvents"]
+
+
+def test_transfers_and_links_are_saved_where_there_are_any(tmp_path: Path) -> None:
+    moved = replace(
+        RESULT,
+        transfers=transfer_frame([(0, 0, 1, 0.1 + 0.2, 1.0, 0.5, 2.0)]),
+        links=link_frame(["nic 0, out", "nic 1, in"], [10.0, 40.0], [15.0, 0.0]),
+    )
+    save_result(moved, METRICS, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted([*FILES, "links.csv", "transfers.csv"])
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "run" / "transfers.csv"),
+        moved.transfers,
+        check_dtype=False,
+        check_exact=True,
+    )
+    links = pd.read_csv(tmp_path / "run" / "links.csv")
+    assert links["name"].tolist() == ["nic 0, out", "nic 1, in"]
+    assert links["utilisation"].tolist() == [15.0 / (10.0 * TOTALS.makespan_s), 0.0]
+
+    idle = replace(moved, transfers=transfer_frame([]), totals=replace(TOTALS, makespan_s=0.0))
+    save_result(idle, METRICS, tmp_path / "idle")
+    assert not (tmp_path / "idle" / "transfers.csv").exists()
+    assert pd.read_csv(tmp_path / "idle" / "links.csv")["utilisation"].isna().all()
+    save_result(RESULT, METRICS, tmp_path / "run")
+    for name in ("links.csv", "transfers.csv"):
+        assert pd.read_csv(tmp_path / "run" / name).empty
 
 
 def test_a_failure_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

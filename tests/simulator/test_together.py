@@ -159,7 +159,7 @@ def brute_force(deployment: Deployment, workload: Workload, seed: int) -> dict[s
         if assigned is not None:
             return int(assigned[len(places)])
         loads = [replica.load / share for replica, share in zip(replicas, shares, strict=True)]
-        if router.name == "least-tokens" or len(replicas) == 1:
+        if router.name in ("least-tokens", "prefix-aware") or len(replicas) == 1:  # nothing is cached here
             return loads.index(min(loads))
         first = int(rng.integers(len(replicas)))
         second = (first + 1 + int(rng.integers(len(replicas) - 1))) % len(replicas)

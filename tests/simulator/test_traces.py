@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from simulator import traces
 from simulator.errors import TraceError
 from simulator.traces import read_trace, summarize
-from simulator.workload import Profile, Requests, load_profile, synthesize
+from simulator.workload import MAX_TOKENS, Profile, Requests, load_profile, synthesize
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "traces"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs ../shared/reference/traces")
@@ -28,8 +28,8 @@ AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
 2023-11-16 18:15:50.9951690,396,109
 """
-MOONCAKE = """{"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47]}
-{"timestamp": 30535, "input_length": 6472, "output_length": 26, "hash_ids": [46, 2353]}
+MOONCAKE = """{"timestamp": 27482, "input_length": 955, "output_length": 52, "hash_ids": [46, 47]}
+{"timestamp": 30535, "input_length": 672, "output_length": 26, "hash_ids": [46, 2353]}
 """
 PLAIN = "arrival_s,prompt_tokens,output_tokens\n0.5,10,20\n1.5,30,40\n"
 CLASSES = "slo_class,arrival_s,prompt_tokens,output_tokens,note\nchat,0,1,2,x\ncode,1,3,4,y\nchat,2,5,6,\n"
@@ -61,7 +61,7 @@ def columns(requests):
 
 def test_the_three_layouts_are_read(read, parser):
     assert columns(read(AZURE)) == [[0, 4.314579], [374, 396], [44, 109]]
-    assert columns(read(MOONCAKE)) == [[0, 3.053], [6955, 6472], [52, 26]]
+    assert columns(read(MOONCAKE)) == [[0, 3.053], [955, 672], [52, 26]]
     assert columns(read(PLAIN)) == [[0.5, 1.5], [10, 30], [20, 40]]
     classes = read(CLASSES)
     assert columns(classes) == [[0, 1, 2], [1, 3, 5], [2, 4, 6]]
@@ -252,10 +252,61 @@ def test_both_parsers_read_the_same(read, rows):
     jsonl = "".join(
         json.dumps({"timestamp": a, "input_length": p, "output_length": o, "hash_ids": [p]}) + "\n" for a, p, o in rows
     )
-    fast = [columns(read(content)) for content in (text, jsonl)]
+
+    def both():
+        return [columns(read(text)), columns(read(jsonl, hash_block_tokens=MAX_TOKENS))]
+
+    fast = both()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(traces, "_sound", lambda *_: False)
-        assert [columns(read(content)) for content in (text, jsonl)] == fast
+        assert both() == fast
+
+
+HASHED = (
+    (30, 1025, 5, [0, 1, 4]),
+    (10, 1000, 5, [0, 1]),
+    (20, 512, 5, [0]),
+    (40, 513, 0, [0, 9]),
+    (50, 1, 5, [7]),
+)
+
+
+def jsonl(rows):
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    return "".join(json.dumps(dict(zip(names, row, strict=False))) + "\n" for row in rows)
+
+
+def test_block_ids_stay_with_their_requests(read, parser):
+    """Sorted by arrival, the request without an answer left out."""
+    requests = read(jsonl(HASHED), drop_empty=True)
+    hashes = requests.block_hashes
+    assert hashes.block_tokens == 512
+    assert [hashes.row(index) for index in range(4)] == [[0, 1], [0], [0, 1, 4], [7]]
+    assert requests.prompt_tokens.tolist() == [1000, 512, 1025, 1]
+    small = read(jsonl([(0, 40, 1, [1, 2, 3]), (1, 33, 1, [1, 2, 5])]), hash_block_tokens=16)
+    assert (small.block_hashes.block_tokens, small.block_hashes.row(1)) == (16, [1, 2, 5])
+    assert read(jsonl(HASHED), drop_empty=True, hash_block_tokens=None).block_hashes is None
+    assert read(jsonl(row[:3] for row in HASHED), drop_empty=True).block_hashes is None
+    assert read(PLAIN).block_hashes is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ((1, 1025, 5, [0, 1]), r"line 3: 2 hash_ids for 1025 prompt tokens: expected 3, one for every 512 tokens"),
+        ((1, 1025, 5), "line 3: .*: hash_ids missing; expected in all lines or in none"),
+        ((1, 512, 5, [1.5]), r"line 3: hash_ids = \[1.5\]: expected a list of whole numbers"),
+        ((1, 512, 5, [True]), r"line 3: hash_ids = \[True\]: expected a list"),
+        ((1, 512, 5, [None]), r"line 3: hash_ids = \[None\]: expected a list"),
+        ((1, 512, 5, [10**30]), r"line 3: hash_ids = \[1000000"),
+        ((1, 512, 5, "0"), "line 3: hash_ids = '0': expected a list"),
+        ((1, 1024, 5, [7, 1]), "hash_ids: request 2: block 1 follows block 7, block 0 in an earlier request"),
+    ],
+)
+def test_block_ids_that_do_not_fit_their_prompts_are_refused(read, parser, row, message):
+    with pytest.raises(TraceError, match=message):
+        read(jsonl([(0, 600, 5, [0, 1]), (0, 500, 5, [6]), row]))
+    assert len(read(jsonl([(0, 600, 5, [0, 1]), (0, 500, 5, [6]), row]), hash_block_tokens=None)) == 3
 
 
 def test_a_summary_is_the_body_of_a_profile():
