@@ -112,6 +112,7 @@ class Replica:
     def land(self, request: int, lane: int, at_s: float) -> None:
         """The KV of an expected request has come."""
         self.log.replica[request] = self.index
+        self.log.lane[request] = lane
         self.scheduler.land(request)
         self.disturb(lane, at_s)
 

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,7 @@ from ui.validating import app as validate_app
 from ui.validatingkernels import kernels as kernels_command
 from ui.validatingkernels import plan as plan_prices_command
 from ui.validatingrun import run_command
+from ui.validatingsplitwise import splitwise as splitwise_command
 
 if TYPE_CHECKING:
     from simulator.result import Result
@@ -48,6 +50,7 @@ app.command("profile")(profile_command)
 validate_app.command("kernels")(kernels_command)
 validate_app.command("plan")(plan_prices_command)
 validate_app.command("run")(run_command)
+validate_app.command("splitwise")(splitwise_command)
 app.add_typer(validate_app)
 
 #: What typer raises for options it cannot read, wherever it keeps click.
@@ -140,8 +143,30 @@ def plan_command(
     model: Annotated[
         str | None, typer.Option(help="Shipped model, or a Hugging Face config.json [default: llama-3.1-70b].")
     ] = None,
-    hardware: Annotated[str | None, typer.Option(help="Device or cluster [default: h100-sxm].")] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            help="Device or cluster, or several with counts, such as h100-sxm:16,a100-80-sxm:16 [default: h100-sxm]."
+        ),
+    ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Devices at hand [default: 16].")] = None,
+    serving: Annotated[
+        str,
+        typer.Option(
+            help="aggregated: every replica serves whole requests; disaggregated: pools for prompts and for answers; "
+            "shared: both at once on shares of each device; any: whichever is best.",
+            metavar="NAME",
+        ),
+    ] = "aggregated",
+    transfer: Annotated[
+        str, typer.Option(help="How KV goes to decode pools: layer-wise or serialized.", metavar="NAME")
+    ] = "layer-wise",
+    budget_usd_per_h: Annotated[
+        float | None, typer.Option(callback=_above_zero, help="What the devices in use may cost.", metavar="USD")
+    ] = None,
+    budget_kw: Annotated[
+        float | None, typer.Option(callback=_above_zero, help="What the devices in use may draw at most.", metavar="KW")
+    ] = None,
     trace: Trace = None,
     workload: Workload = None,
     requests: Requests = None,
@@ -198,15 +223,17 @@ def plan_command(
     from simulator.save import save_result
     from simulator.simulate import simulate
     from ui import jsonout, questions, rendering, saving
+    from ui.timelinefigure import run_figure
     from ui.waiting import bar
 
-    names = ("plan.yaml", "plans.csv", "result.json")
+    names = ("plan.yaml", "plans.csv", "result.json", "timeline.svg")
     saving.require_writable(save, names)
     traffic = questions.Traffic(trace, workload, requests, drop_empty)
     if rate is None and all(option is None for option in (model, hardware, gpus, trace, workload)):
         rate = questions.RATE_PER_S
     given = {"seconds": seconds, "tolerance": tolerance}
-    hardware, gpus = hardware or questions.HARDWARE, gpus or questions.GPUS
+    at_hand = questions.devices(hardware or questions.HARDWARE, gpus)
+    (hardware, gpus), *also = at_hand.items()
     question = Question(
         model=questions.located(model or questions.MODEL),
         hardware=hardware,
@@ -231,13 +258,19 @@ def plan_command(
         seed=seed,
         keep=keep,
         cost=cost,
+        also=dict(also),
+        serving=serving,  # type: ignore[arg-type]
+        transfer=transfer,  # type: ignore[arg-type]
+        budget_usd_per_h=budget_usd_per_h,
+        budget_w=None if budget_kw is None else 1000 * budget_kw,
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
     questions.check_rate(question)
     with bar() as waiting:
         result = search(question, waiting.at)
         best = result.best
-        catalogue = open_catalogue(question.model, question.hardware, question.gpus, question.engine, question.cost)
+        asked = result.question
+        catalogue = open_catalogue(asked.model, asked.hardware, asked.gpus, asked.engine, asked.cost, asked.also)
         arrivals = question.requests
         if isfinite(best.trial.rate_per_s):
             arrivals = arrivals.scaled_to_rate(best.trial.rate_per_s)
@@ -247,14 +280,15 @@ def plan_command(
         if save is not None:
             waiting.at("writing the results", None)
             texts = saving.plan_text(best.plan), saving.ranking_text(result), jsonout.dumps(content) + "\n"
-            save_result(run, metrics, save, also=dict(zip(names, texts, strict=True)))
+            picture = run_figure(run, best.plan)
+            save_result(run, metrics, save, also=dict(zip(names, (*texts, picture), strict=True)))
     if as_json:
         print(jsonout.dumps(content))
         return
     out = rendering.console()
     rendering.show_plan(out, result, traffic.name, metrics, run.totals)
     if save is not None:
-        rendering.say(out, f"Saved to {save}: plan.yaml, plans.csv, result.json and the best plan's run.")
+        rendering.say(out, f"Saved to {save}: plan.yaml, plans.csv, result.json, timeline.svg and the best plan's run.")
 
 
 @app.command("simulate")
@@ -273,6 +307,12 @@ def simulate_command(
     think: Annotated[
         float | None, typer.Option(callback=_not_negative, help="Seconds between an answer and the next request.")
     ] = None,
+    images_per_request: Annotated[
+        int | None, typer.Option(help="Images in every request, for a plan with an encoder.", metavar="N")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Their size in pixels, such as 1280x720.", metavar="WxH")
+    ] = None,
     ttft: Ttft = None,
     tpot: Tpot = None,
     itl: Itl = None,
@@ -290,11 +330,14 @@ def simulate_command(
     as_json: Json = False,
 ) -> None:
     """Simulate one plan: all metrics by SLO class, and with --save the requests, metrics and a Perfetto timeline."""
+    from planner.encoding import encoder_note
     from simulator.metrics import Window, meets, replicate, summarize
     from simulator.save import save_result
     from simulator.simulate import simulate
     from simulator.workload import Workload as Load
     from ui import jsonout, questions, rendering, saving, words
+    from ui.pictures import pictures
+    from ui.timelinefigure import run_figure
     from ui.waiting import bar
 
     saving.require_writable(save)
@@ -303,6 +346,7 @@ def simulate_command(
     traffic = questions.Traffic(trace, workload, requests, drop_empty)
     limits = questions.limits({"ttft": ttft, "tpot": tpot, "itl": itl, "e2e": e2e}, {})
     chosen, catalogue = questions.opened(plan, cost)
+    seen = pictures(chosen, images_per_request, image_size)
     if replications > 1 and trace is not None and chosen.router in ("round-robin", "least-tokens"):
         raise questions.OptionError(
             f"--replications {replications} with --trace {trace} under router {chosen.router}: nothing is drawn, so "
@@ -314,10 +358,11 @@ def simulate_command(
     started = time.perf_counter()
     with bar() as waiting:
         waiting.at("compiling step models", None)
-        deployment = catalogue.deployment(chosen, with_work=True)
+        deployment = catalogue.deployment(chosen, with_work=True, image=seen.cut if seen else None)
 
         def run(run_seed: int) -> Result:
-            load = Load(recorded or traffic.requests(run_seed, rate), concurrency, think or 0.0)
+            found = recorded or traffic.requests(run_seed, rate)
+            load = Load(found, concurrency, think or 0.0, seen.images if seen else None)
             result = simulate(deployment, load, run_seed, progress=waiting.count)
             if not first:
                 first.append(result)
@@ -335,24 +380,30 @@ def simulate_command(
         evidence = catalogue.plan_evidence(chosen)
         totals = first[0].totals
         content = jsonout.simulation_object(chosen, metrics, totals, kept, intervals, evidence, wall_s)
+        use, note = first[0].encode, encoder_note(chosen, catalogue.model)
+        content |= {"encode": None if use is None else asdict(use), "notes": [note] if note else []}
         if save is not None:
             waiting.at("writing the results", None)
-            save_result(first[0], metrics, save, also={"result.json": jsonout.dumps(content) + "\n"})
+            texts = {"result.json": jsonout.dumps(content) + "\n", "timeline.svg": run_figure(first[0], chosen)}
+            save_result(first[0], metrics, save, also=texts)
     if as_json:
         print(jsonout.dumps(content))
         return
+    if note:
+        print(f"note: {words.printable(note)}", file=sys.stderr)
     how = (
         f"{concurrency} in flight" if concurrency is not None else "at its own rate" if rate is None else f"{rate:g}/s"
     )
     out = rendering.console()
-    rendering.show_simulation(
-        out, chosen, f"{len(first[0].requests):,} requests of {traffic.name}, {how}", metrics, totals, kept, intervals
-    )
+    what = f"{len(first[0].requests):,} requests of {traffic.name}{f' with {seen.words}' if seen else ''}, {how}"
+    rendering.show_simulation(out, chosen, what, metrics, totals, kept, intervals)
+    if use is not None:
+        rendering.say(out, f"  {words.encoding(use)}")
     rendering.say(out, f"Step times rest on: {words.shares(evidence)}.")
     if save is not None:
-        rendering.say(
-            out, f"Saved to {save}: requests.csv, requests.parquet, metrics.json, timeline.json, result.json."
-        )
+        more = ", transfers.csv" * bool(len(first[0].transfers)) + ", links.csv" * bool(len(first[0].links))
+        files = "requests.csv, requests.parquet, metrics.json, timeline.json, timeline.svg, result.json" + more
+        rendering.say(out, f"Saved to {save}: {files}.")
 
 
 @app.command("export")
@@ -371,8 +422,8 @@ def export_command(
 
     saving.require_writable(save)
     chosen, catalogue = questions.opened(plan)
-    for pool in chosen.pools:
-        catalogue.require_fit(pool)
+    for pool in chosen.serving:
+        catalogue.of(pool).require_fit(pool)
     exported = export(chosen, engine or chosen.engine, catalogue.cluster.gpus_per_node)
     if save is not None:
         saving.write_launch_files(save, exported.files)
@@ -411,7 +462,7 @@ def explain_command(
     from ui import jsonout, questions, rendering
 
     chosen, catalogue = questions.opened(plan, cost)
-    pools = [explain(catalogue, pool, batch=batch, context=context, prefill=prefill) for pool in chosen.pools]
+    pools = [explain(catalogue, pool, batch=batch, context=context, prefill=prefill) for pool in chosen.serving]
     if as_json:
         print(jsonout.dumps(jsonout.explanation_object(chosen, pools)))
         return

@@ -95,7 +95,7 @@ def test_simulate_all_metrics(capsys, plan_file, tmp_path):
     for said in ("TTFT", "TPOT", "ITL", "E2E", "MFU", "MBU", "kept", "BROKEN", "J per output token", "USD per million"):
         assert said in out
     assert sorted(os.listdir(tmp_path / "run")) == [
-        "metrics.json", "requests.csv", "requests.parquet", "result.json", "timeline.json"
+        "metrics.json", "requests.csv", "requests.parquet", "result.json", "timeline.json", "timeline.svg"
     ]  # fmt: skip
     found = answer(capsys, *words)
     assert list(found["limits"].values()) == [True, False]
