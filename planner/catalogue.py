@@ -209,6 +209,8 @@ class Catalogue:
         memory = self.require_fit(pool, vision)
         encoder = None
         if vision is not None:
+            if pool.sharing is not None:
+                raise PlanError(f"sharing {pool.sharing!r} beside an encoder: expected an encode pool, or no sharing")
             encoder = vision.own(pool, self.cluster.device, self.prices(Mapping()), self.engine, with_work=with_work)
         spec = ReplicaSpec(
             model=self.step_model(mapping, precision),

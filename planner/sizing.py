@@ -26,6 +26,10 @@ from simulator.deployment import Role
 PREFILL_TOKENS, DECODE_TOKENS = (2048, 8192), 2048
 #: Prompts in a step of a prefill replica.
 PREFILL_SEQS = 256
+#: Requests whose queue is followed for a capacity.
+FOLLOWED = 1000
+#: Kinds of replicas in one plan.
+MOST_KINDS = 3
 #: Points of the program that are simulated: with few requests, then the best of them with all.
 LOOKED_AT, MEASURED = 8, 3
 ROUGH_REQUESTS, ROUGH_TOLERANCE = 2000, 0.05
@@ -127,6 +131,8 @@ def offer(question: Question, catalogue: Catalogue, hardware: str | None) -> Off
             question.limits,
             transfer_s=transfer_s,
             frontend_s=catalogue.engine.request_overhead_s + transfer_s,
+            whole=False,
+            follow=FOLLOWED,
         )
         for (pool, spec), one in zip(kept, done, strict=True):
             key = f"{pool.role} {name} {_degrees(pool)} {pool.weights}/{pool.kv}, {pool.token_budget} tokens a step"
@@ -217,7 +223,7 @@ def sized(question: Question, catalogue: Catalogue, offered: Offer, *, until_s: 
     for margin in MARGINS if question.objective != "goodput-per-gpu" else MARGINS[:1]:
         demand = Demand(rate_per_s=None if goal == "rate" else question.demanded_per_s * margin)
         left_s = max(1.0, (until_s - time.perf_counter()) / 3)
-        program = size_pools(options, demand, budget_of(question), goal, keep=LOOKED_AT, seconds=left_s)
+        program = size_pools(options, demand, budget_of(question), goal, keep=LOOKED_AT, seconds=left_s, most_kinds=MOST_KINDS)
         plans = [(plan_of(question, point, kinds), point) for point in program.points]
         simulated += _simulated(question, catalogue, plans, until_s)
         if any(one.trial is not None for one in simulated):
