@@ -20,7 +20,7 @@ from planner.trial import attempt
 from simulator.limits import Limit
 
 #: Share of the time of a search that each way of serving gets when all are asked for, beside the aggregated one.
-BESIDE = 1.0
+BESIDE = 2.5
 
 
 def answer(question: Question, progress: Progress | None = None) -> SearchResult:

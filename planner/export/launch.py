@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +45,11 @@ class Replica:
     def rendezvous_port(self) -> int:
         """Where the servers of one replica find each other."""
         return self.port + 10_000
+
+    @property
+    def kv_port(self) -> int:
+        """Where decode replicas ask for the replica's KV: the first of up to a port per rank, between its others."""
+        return self.port + 5_050
 
 
 class Shell(str):
@@ -91,27 +95,32 @@ def visible(gpus: Iterable[int]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
 
 
-def place(plan: Plan, gpus_per_node: int) -> tuple[Replica, ...]:
-    """Give every replica its own devices, largest replicas first, each on the first node with room.
+def place(plan: Plan, gpus_per_node: int | Mapping[str, int]) -> tuple[Replica, ...]:
+    """Give every replica its own devices, largest replicas first, each on the first node of its hardware with room.
 
     A replica larger than a node takes equal shares of the fewest nodes, cut between tensor-parallel groups where that
-    is possible. Raises PlanError when the nodes have too many small gaps.
+    is possible. Nodes are numbered hardware by hardware, in the plan's order, leaving out what no pool is on. Raises
+    PlanError when the nodes have too many small gaps.
     """
-    count = math.ceil(plan.gpus / gpus_per_node)
+    kinds = node_kinds(plan, gpus_per_node)
+    room = [gpus for _, gpus in kinds]
+    count = len(kinds)
     taken, ports = [0] * count, [FIRST_PORT] * count
-    room = [min(gpus_per_node, plan.gpus - node * gpus_per_node) for node in range(count)]
     copies = [(pool, index) for index, pool in enumerate(plan.pools) for _ in range(pool.replicas)]
     replicas = []
     for pool, index in sorted(copies, key=lambda copy: -copy[0].gpus_per_replica):
-        for share in _shares(pool, gpus_per_node):
-            nodes = [node for node in range(count) if room[node] - taken[node] >= share]
+        hardware = plan.hardware_of(pool)
+        own = [node for node in range(count) if kinds[node][0] == hardware]
+        size = node_size(gpus_per_node, hardware)
+        for share in _shares(pool, size):
+            nodes = [node for node in own if room[node] - taken[node] >= share]
             nodes = nodes[: pool.gpus_per_replica // share]
             if len(nodes) * share == pool.gpus_per_replica:
                 break
         else:
             raise PlanError(
-                f"pools[{index}]: a replica of {pool.gpus_per_replica} GPUs finds no room on {count} nodes of "
-                f"{gpus_per_node} GPUs, expected it not to straddle nodes; plan fewer replicas or other sizes"
+                f"pools[{index}]: a replica of {pool.gpus_per_replica} GPUs finds no room on {len(own)} nodes of "
+                f"{size} GPUs, expected it not to straddle nodes; plan fewer replicas or other sizes"
             )
         port = max(ports[node] for node in nodes)
         gpus = tuple(tuple(range(taken[node], taken[node] + share)) for node in nodes)
@@ -120,6 +129,22 @@ def place(plan: Plan, gpus_per_node: int) -> tuple[Replica, ...]:
             ports[node] = port + PORT_STEP
         replicas.append(Replica(pool, index, tuple(nodes), gpus, port))
     return tuple(sorted(replicas, key=lambda replica: (replica.nodes[0], replica.gpus[0])))
+
+
+def node_size(gpus_per_node: int | Mapping[str, int], hardware: str) -> int:
+    """Devices of one server with the hardware."""
+    return gpus_per_node if isinstance(gpus_per_node, int) else gpus_per_node[hardware]
+
+
+def node_kinds(plan: Plan, gpus_per_node: int | Mapping[str, int]) -> list[tuple[str, int]]:
+    """Hardware and devices of every node, those of hardware without pools left out."""
+    used = {plan.hardware_of(pool) for pool in plan.pools}
+    return [
+        (name, min(node_size(gpus_per_node, name), gpus - first))
+        for name, gpus in plan.devices.items()
+        if name in used
+        for first in range(0, gpus, node_size(gpus_per_node, name))
+    ]
 
 
 def _shares(pool: Pool, gpus_per_node: int) -> list[int]:
@@ -146,15 +171,27 @@ def model_repository(plan: Plan) -> str:
     return str(data.get("repository", plan.model))
 
 
-def common_notes(plan: Plan, nodes: int) -> list[str]:
-    """Caveats that hold for every engine; nodes is how many must run launch.sh."""
+def common_notes(plan: Plan, replicas: Sequence[Replica], scripted: bool = True) -> list[str]:
+    """Caveats that hold for every engine; scripted tells whether launch.sh runs on every node, or once."""
+    nodes = nodes_of(replicas) if scripted else 1
     notes = ["Prefix caching is switched off, because the simulation does not model it."]
     if model_repository(plan) == plan.model and not plan.model.endswith(".json") and "/" not in plan.model:
         notes.append(f"No repository is known for {plan.model!r}: put a Hugging Face repository in its place.")
-    if plan.gpus > plan.gpus_used:
-        notes.append(f"{plan.gpus - plan.gpus_used} of {plan.gpus} GPUs are not used by this plan.")
+    gpus = sum(plan.devices.values())
+    if gpus > plan.gpus_used:
+        notes.append(f"{gpus - plan.gpus_used} of {gpus} GPUs are not used by this plan.")
     if nodes > 1:
         notes.append("Run launch.sh on every node with HOSTS='address0 address1 ...' and NODE_RANK=0, 1, ...")
+    carry: dict[str, list[int]] = {}
+    for replica in replicas:
+        carry.setdefault(plan.hardware_of(replica.pool), []).extend(replica.nodes)
+    if nodes > 1 and len(carry) > 1:
+        kinds = ", ".join(f"{min(nodes)} to {max(nodes)} {name}" for name, nodes in carry.items())
+        notes.append(f"Nodes carry different devices; order HOSTS so that they are: {kinds}.")
+    if plan.disaggregated and nodes > 1:
+        notes.append("KV goes between nodes: their NICs need RDMA for the rates that were planned with.")
+    if not plan.disaggregated and any(pool.role == "mixed" for pool in plan.pools):
+        notes.append("Mixed pools without prefill and decode pools beside them serve whole requests.")
     return notes
 
 
@@ -191,7 +228,8 @@ def title(replica: Replica) -> str:
     """What a comment says of a replica."""
     pool = replica.pool
     degrees = f"tp={pool.tp} pp={pool.pp} attention_dp={pool.attention_dp} ep={pool.ep}"
-    return f"pool {replica.pool_index}: {degrees}, port {replica.port}"
+    role = f", {pool.role}" if pool.role in ("prefill", "decode") else ""
+    return f"pool {replica.pool_index}{role}: {degrees}, port {replica.port}"
 
 
 def nodes_of(replicas: Sequence[Replica]) -> int:

@@ -4,6 +4,11 @@ Flags and their checks: python/sglang/srt/server_args.py of the 0.5.6 wheel and 
 0.2.4 wheel. --tp-size counts all ranks of a pipeline stage; attention runs on tp-size / dp-size of them, experts on
 tp-size / ep-size (srt/layers/dp_attention.py, srt/distributed/parallel_state.py). With DP attention the server divides
 --max-running-requests and --chunked-prefill-size by dp-size, with pipelining the former by pp-size.
+
+Prefill and decode pools: docs/advanced_features/pd_disaggregation.md; the checks are in ServerArgs._handle_
+disaggregation and in srt/disaggregation (common/conn.py: which ranks read from which, decode stages "not supported
+yet"; mooncake/conn.py and nixl/conn.py: pages are sent as they lie, so their size and format must agree, or cut into
+heads by send_kvcache_slice, which knows no copies of heads; caches with windows are refused when degrees differ).
 """
 
 from __future__ import annotations
@@ -11,6 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.errors import PlanError
+from planner.export.handover import (
+    Rules,
+    check_handover,
+    of_role,
+    pools_of_role,
+    routing_weights_note,
+    transfer_note,
+)
 from planner.export.launch import (
     ROUTER_PORT,
     Command,
@@ -30,14 +43,22 @@ from planner.plan import Plan, Pool
 
 VERSION, ROUTER_VERSION = "0.5.6", "0.2.4"
 
+RULES = Rules(f"SGLang {VERSION}", tp="divides", blocks="same", prefill_stages=True, decode_stages=False, copies=False)
+
+_HOW = (
+    f"KV goes by mooncake (package mooncake-transfer-engine, RDMA), chunk by chunk as SGLang {VERSION} computes a "
+    "prompt; --disaggregation-transfer-backend nixl is the other way."
+)
+
 _KV = {"bf16": "bf16", "fp16": "auto", "fp32": "auto", "fp8": "fp8_e4m3", "fp4": "fp4_e2m1"}
 
 
 def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
     """launch.sh with every server and, for more than one replica, the router."""
-    notes = common_notes(plan, nodes_of(replicas))
+    notes = common_notes(plan, replicas)
+    check_handover(plan, RULES, notes)
     repository = model_repository(plan)
-    flags = [_flags(pool, index, notes) for index, pool in enumerate(plan.pools)]
+    flags = [_flags(pool, index, notes) + _kv_flags(plan, pool) for index, pool in enumerate(plan.pools)]
     commands = _router(plan, replicas, notes)
     for replica in replicas:
         for rank, node in enumerate(replica.nodes):
@@ -45,6 +66,8 @@ def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
             # Left to itself the server draws its NCCL port among those where other servers of the node will listen.
             argv += ["--host", "0.0.0.0", "--port", str(replica.port), "--nccl-port", str(replica.port + 20_000)]
             argv += flags[replica.pool_index]
+            if replica.pool.role == "prefill":
+                argv += ["--disaggregation-bootstrap-port", str(replica.kv_port)]
             if len(replica.nodes) > 1:
                 _check_share(replica)
                 argv += ["--nnodes", str(len(replica.nodes)), "--node-rank", str(rank)]
@@ -55,6 +78,28 @@ def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
             commands.append(Command(node, argv, env, title(replica)))
     header = f"SGLang {VERSION}: {len(replicas)} replicas of {repository}"
     return Export("sglang", VERSION, {"launch.sh": script(commands, nodes_of(replicas), header)}, tuple(notes))
+
+
+def _kv_flags(plan: Plan, pool: Pool) -> list[str]:
+    """Flags of a prefill or decode pool that do not depend on the replica.
+
+    Servers tell each other their degrees when they connect, so those of the other role are given only where there is
+    one answer, and one that the server accepts.
+    """
+    if pool.role not in ("prefill", "decode"):
+        return []
+    flags = ["--disaggregation-mode", pool.role, "--disaggregation-transfer-backend", "mooncake"]
+    if pool.role == "prefill":
+        shapes = {(other.tp * other.attention_dp, other.attention_dp) for _, other in pools_of_role(plan, "decode")}
+        ranks, groups = min(shapes)
+        own = pool.tp * pool.attention_dp
+        if len(shapes) == 1 and max(ranks, own) % min(ranks, own) == 0:
+            flags += ["--disaggregation-decode-tp", str(ranks), "--disaggregation-decode-dp", str(groups)]
+        return [*flags, "--load-balance-method", "round_robin"] if pool.attention_dp > 1 else flags
+    stages = {other.pp for _, other in pools_of_role(plan, "prefill")}
+    if len(stages) == 1 and stages != {1}:
+        flags += ["--disaggregation-prefill-pp", str(stages.pop())]
+    return [*flags, "--prefill-round-robin-balance"] if pool.attention_dp > 1 else flags
 
 
 def _check_share(replica: Replica) -> None:
@@ -88,6 +133,8 @@ def _flags(pool: Pool, index: int, notes: list[str]) -> list[str]:
 
 
 def _policy_flags(pool: Pool, where: str, notes: list[str]) -> list[str]:
+    if pool.role == "decode":
+        return []
     if pool.policy == "chunked":
         chunk = pool.token_budget // pool.block_tokens * pool.block_tokens
         if chunk == 0:
@@ -98,11 +145,13 @@ def _policy_flags(pool: Pool, where: str, notes: list[str]) -> list[str]:
         if chunk < pool.token_budget:
             notes.append(f"{where}: SGLang's chunks are whole pages, so {chunk} tokens instead of {pool.token_budget}.")
         flags = ["--chunked-prefill-size", str(chunk * pool.attention_dp)]
+        if pool.role == "prefill":
+            return flags
         if pool.pp == 1:
             return [*flags, "--enable-mixed-chunk"]
         notes.append(f"{where}: SGLang {VERSION} refuses mixed steps with pipelining; chunks run in own steps.")
         return flags
-    if pool.policy == "orca":
+    if pool.policy == "orca" and pool.role != "prefill":
         notes.append(
             f"{where}: policy orca is approximated: SGLang runs whole prompts before decodes (policy prefill-first); "
             "vllm and tensorrt-llm mix them."
@@ -121,6 +170,15 @@ def _router(plan: Plan, replicas: Sequence[Replica], notes: list[str]) -> list[C
         notes.append("Router least-tokens: sglang-router has no such policy; power_of_two over its load comes nearest.")
     notes.append(f"The router is sglang-router {ROUTER_VERSION}, a package of its own.")
     argv = ["python3", "-m", "sglang_router.launch_router", "--host", "0.0.0.0", "--port", str(ROUTER_PORT)]
-    argv += ["--policy", policy, "--worker-urls"]
+    argv += ["--policy", policy]
+    if plan.disaggregated:
+        notes += [*transfer_note(plan, _HOW, layerwise=True), *routing_weights_note(plan)]
+        argv.append("--pd-disaggregation")
+        for replica in of_role(replicas, "prefill"):
+            argv += ["--prefill", address(replica.nodes[0], replica.port, "http://"), str(replica.kv_port)]
+        for replica in of_role(replicas, "decode"):
+            argv += ["--decode", address(replica.nodes[0], replica.port, "http://")]
+        return [Command(0, argv, title=f"router, port {ROUTER_PORT}")]
+    argv.append("--worker-urls")
     argv += [address(replica.nodes[0], replica.port, "http://") for replica in replicas]
     return [Command(0, argv, title=f"router, port {ROUTER_PORT}")]

@@ -4,6 +4,11 @@ Options: tensorrt_llm/commands/serve.py of the 1.2 series (commit 00209af149e7, 
 tensorrt_llm/llmapi/llm_args.py of 1.2.1, and the KvCacheConfig page of the LLM API reference (seen for 1.3.0rc27). With
 enable_attention_dp every rank of the tensor-parallel group runs attention for its own requests, and max_batch_size and
 max_num_tokens hold per rank. A replica of several nodes is one MPI world: mpirun with trtllm-llmapi-launch.
+
+Prefill and decode pools are context and generation servers behind `trtllm-serve disaggregated`: docs/source/features/
+disagg-serving.md, the command's options in serve.py, its file in tensorrt_llm/llmapi/disagg_utils.py, router types in
+tensorrt_llm/serve/router.py, and what KV exchange asks of both sides in CacheFormatter::inquireSupport (cpp/
+tensorrt_llm/batch_manager/cacheFormatter.cpp), the last four as stored for the 1.2 and 1.3 series.
 """
 
 from __future__ import annotations
@@ -14,7 +19,9 @@ from typing import Any
 import yaml
 
 from planner.errors import PlanError
+from planner.export.handover import Rules, check_handover, of_role, routing_weights_note, transfer_note
 from planner.export.launch import (
+    ROUTER_PORT,
     Command,
     Export,
     Replica,
@@ -34,10 +41,20 @@ from planner.plan import Plan, Pool
 
 VERSION = "1.2.1"
 
+RULES = Rules(
+    f"TensorRT-LLM {VERSION}",
+    tp="free",
+    blocks="same",
+    prefill_stages=True,
+    decode_stages=True,
+    even_stages=True,
+)
+
 
 def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
-    """launch.sh, pool0.yaml, pool1.yaml, ... and nginx.conf for more than one replica."""
-    notes = common_notes(plan, nodes_of(replicas))
+    """launch.sh, pool0.yaml, pool1.yaml, ... and nginx.conf or disagg_config.yaml for more than one replica."""
+    notes = common_notes(plan, replicas)
+    check_handover(plan, RULES, notes)
     notes.append("TensorRT-LLM admits a request only when it is sure to finish, where the simulation preempts.")
     repository = model_repository(plan)
     files = {
@@ -50,10 +67,33 @@ def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
         if len(replica.nodes) > 1:
             argv = [*_mpirun(replica), "trtllm-llmapi-launch", *argv]
         commands.append(Command(replica.nodes[0], argv, env, title(replica)))
-    extra, router = nginx(plan, replicas, notes)
+    extra, router = (_disaggregated if plan.disaggregated else nginx)(plan, replicas, notes)
     header = f"TensorRT-LLM {VERSION}: {len(replicas)} replicas of {repository}"
     files = {"launch.sh": script(router + commands, nodes_of(replicas), header), **files, **extra}
     return Export("tensorrt-llm", VERSION, files, tuple(notes))
+
+
+def _disaggregated(plan: Plan, replicas: Sequence[Replica], notes: list[str]) -> tuple[dict[str, str], list[Command]]:
+    """disagg_config.yaml and the server that sends every request to a context, then to a generation server."""
+    kind = {"round-robin": "round_robin", "random": "round_robin"}.get(plan.router, "load_balancing")
+    if plan.router == "random":
+        notes.append("Router random: trtllm-serve disaggregated has none; it takes turns.")
+    if kind == "load_balancing":
+        notes.append(f"Router {plan.router}: trtllm-serve disaggregated sends to the server with fewest open requests.")
+    how = f"KV goes by UCX when TensorRT-LLM {VERSION} has computed a whole prompt."
+    notes += [*transfer_note(plan, how), *routing_weights_note(plan)]
+    single = nodes_of(replicas) == 1
+    if not single:
+        notes.append("disagg_config.yaml names the nodes node0, node1, ...: let them resolve or put addresses there.")
+    config: dict[str, Any] = {"hostname": "0.0.0.0", "port": ROUTER_PORT, "backend": "pytorch"}
+    for key, role in (("context_servers", "prefill"), ("generation_servers", "decode")):
+        urls = [f"{'127.0.0.1' if single else f'node{r.nodes[0]}'}:{r.port}" for r in of_role(replicas, role)]
+        router: dict[str, Any] = {"type": kind} | ({"use_tokens": False} if kind == "load_balancing" else {})
+        config[key] = {"num_instances": len(urls), "urls": urls, "router": router}
+    argv = ["trtllm-serve", "disaggregated", "-c", beside_script("disagg_config.yaml")]
+    argv += ["--server_start_timeout", "3600", "--request_timeout", "3600"]
+    text = yaml.safe_dump(config, sort_keys=False)
+    return {"disagg_config.yaml": text}, [Command(0, argv, title=f"router, port {ROUTER_PORT}")]
 
 
 def _flags(replica: Replica) -> list[str]:
@@ -91,7 +131,7 @@ def _options(pool: Pool, index: int, notes: list[str]) -> dict[str, Any]:
         raise PlanError(f"{where}.block_tokens is {pool.block_tokens}, expected a power of two for TensorRT-LLM")
     if pool.kv not in {"bf16", "fp16", "fp32", "fp8"}:
         raise PlanError(f"{where}.kv is {pool.kv!r}, expected the model's type or fp8 for TensorRT-LLM; plan kv fp8")
-    if pool.policy == "prefill-first":
+    if pool.policy == "prefill-first" and pool.role not in ("prefill", "decode"):
         notes.append(
             f"{where}: policy prefill-first is approximated: TensorRT-LLM mixes whole prompts with decodes (policy "
             "orca); sglang runs prefill-first as planned."
@@ -114,4 +154,11 @@ def _options(pool: Pool, index: int, notes: list[str]) -> dict[str, Any]:
     if pool.stages is not None:
         options["pp_partition"] = list(pool.stages)
         notes.append(f"{where}: pp_partition is a prototype option of TensorRT-LLM {VERSION}.")
+    if pool.role in ("prefill", "decode"):
+        # Buffers as long as the longest prompt, as disagg-serving.md recommends.
+        options["cache_transceiver_config"] = {"backend": "UCX", "max_tokens_in_buffer": pool.max_context_tokens}
+        notes.append(f"{where}: buffers for the KV of {pool.max_context_tokens} tokens in flight are not in the plan.")
+    if pool.role == "prefill":
+        options["disable_overlap_scheduler"] = True
+        notes.append(f"{where}: TensorRT-LLM runs context servers without its overlap scheduler.")
     return options

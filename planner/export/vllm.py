@@ -1,16 +1,24 @@
-"""vLLM 0.12.0: one `vllm serve` per replica (and per node of a replica), nginx in front.
+"""vLLM 0.12.0: one `vllm serve` per replica (and per node of a replica), nginx in front, or vllm-router 0.1.17.
 
 Flags: vllm/engine/arg_utils.py, vllm/entrypoints/openai/cli_args.py and vllm/config of the 0.12.0 wheel. Several nodes:
 --nnodes/--node-rank/--master-addr with --headless (ranks of a node in one process group), or, where every attention-DP
 rank fits a node, --data-parallel-size-local and --data-parallel-start-rank (docs/serving/data_parallel_deployment.md).
+
+Prefill and decode pools: NixlConnector as in docs/features/nixl_connector_usage.md of 0.12.0; what it asks of them is
+checked at the handshake (vllm/distributed/kv_transfer/kv_connector/v1/nixl_connector.py of the wheel: get_target_
+remote_rank, _nixl_handshake, _validate_remote_agent_handshake; one side-channel port per attention-DP rank; pipeline
+stages would share one table of ranks, vllm issue 40674). The router's flags: vllm_router/router_args.py of its wheel.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from planner.errors import PlanError
+from planner.export.handover import Rules, check_handover, of_role, routing_weights_note, transfer_note
 from planner.export.launch import (
+    ROUTER_PORT,
     Command,
     Export,
     Replica,
@@ -27,15 +35,21 @@ from planner.export.launch import (
 )
 from planner.plan import Plan, Pool
 
-VERSION = "0.12.0"
+VERSION, ROUTER_VERSION = "0.12.0", "0.1.17"
 
 #: vllm/config/cache.py, BlockSize.
 BLOCK_SIZES = (1, 8, 16, 32, 64, 128, 256)
 
+RULES = Rules(f"vLLM {VERSION}", tp="grows", blocks="multiple", prefill_stages=False, decode_stages=False)
+
+#: NixlConnector: kv_role is named, though the router decides who prefills (nixl_connector_usage.md).
+_KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
+
 
 def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
-    """launch.sh, and nginx.conf for more than one replica."""
-    notes = common_notes(plan, nodes_of(replicas))
+    """launch.sh, and nginx.conf for more than one replica that serves whole requests."""
+    notes = common_notes(plan, replicas)
+    check_handover(plan, RULES, notes)
     repository = model_repository(plan)
     flags = [engine_flags(pool, index, f"vLLM {VERSION}", notes) for index, pool in enumerate(plan.pools)]
     commands = []
@@ -43,10 +57,14 @@ def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
         for rank in range(len(replica.nodes)):
             argv = ["vllm", "serve", repository]
             argv += ["--host", "0.0.0.0", "--port", str(replica.port)] if rank == 0 else ["--headless"]
-            argv += flags[replica.pool_index] + _node_flags(replica, rank)
-            env = visible(replica.gpus[rank]) | stage_environment(replica.pool)
+            argv += flags[replica.pool_index] + _kv_flags(replica.pool) + _node_flags(replica, rank)
+            env = visible(replica.gpus[rank]) | stage_environment(replica.pool) | kv_environment(replica, rank)
             commands.append(Command(replica.nodes[rank], argv, env, title(replica)))
-    files, router = nginx(plan, replicas, notes)
+    files: dict[str, str] = {}
+    if plan.disaggregated:
+        router = [_router(plan, replicas, notes)]
+    else:
+        files, router = nginx(plan, replicas, notes)
     header = f"vLLM {VERSION}: {len(replicas)} replicas of {repository}"
     return Export(
         "vllm", VERSION, {"launch.sh": script(router + commands, nodes_of(replicas), header), **files}, tuple(notes)
@@ -56,6 +74,55 @@ def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
 def stage_environment(pool: Pool) -> dict[str, str]:
     """Uneven pipeline stages (vllm/distributed/utils.py, get_pp_indices)."""
     return {} if pool.stages is None else {"VLLM_PP_LAYER_PARTITION": ",".join(map(str, pool.stages))}
+
+
+def kv_environment(replica: Replica, rank: int) -> dict[str, str]:
+    """Where a node of a prefill or decode replica answers for its KV (vllm/envs.py), nothing for other replicas."""
+    if replica.pool.role not in _KV_ROLES:
+        return {}
+    return {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": address(replica.nodes[rank]),
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(replica.kv_port),
+    }
+
+
+def kv_notes(plan: Plan, engine: str) -> list[str]:
+    """What NixlConnector does with the KV between pools of the plan."""
+    if not plan.disaggregated:
+        return []
+    how = f"KV goes by {engine}'s NixlConnector (package nixl): decode replicas fetch it when a whole prompt is done."
+    notes = [*transfer_note(plan, how), *routing_weights_note(plan)]
+    if len({plan.hardware_of(pool) for pool in plan.pools}) > 1:
+        notes.append(
+            f"{engine} hands KV over only between equal attention backends: where the devices' defaults differ, set "
+            "VLLM_ATTENTION_BACKEND (FLASH_ATTN, or TRITON_MLA for latent attention) for all workers."
+        )
+    return notes
+
+
+def _kv_flags(pool: Pool) -> list[str]:
+    if pool.role not in _KV_ROLES:
+        return []
+    config = {"kv_connector": "NixlConnector", "kv_role": _KV_ROLES[pool.role]}
+    return ["--kv-transfer-config", json.dumps(config, separators=(",", ":"))]
+
+
+def _router(plan: Plan, replicas: Sequence[Replica], notes: list[str]) -> Command:
+    """vllm-router joins prefill and decode replicas, chosen separately."""
+    policy = {"round-robin": "round_robin", "random": "random"}.get(plan.router, "power_of_two")
+    notes += kv_notes(plan, f"vLLM {VERSION}")
+    notes.append(
+        f"The router is vllm-router {ROUTER_VERSION} (project vllm-project/router), a package of its own; vLLM's own "
+        "example, tests/v1/kv_connector/nixl_integration/toy_proxy_server.py, only takes turns."
+    )
+    if plan.router in {"least-tokens", "power-of-two"}:
+        notes.append(f"Router {plan.router}: vllm-router's power_of_two compares open requests, not tokens.")
+    argv = ["vllm-router", "--host", "0.0.0.0", "--port", str(ROUTER_PORT), "--vllm-pd-disaggregation"]
+    argv += ["--policy", policy, "--worker-startup-timeout-secs", "3600"]
+    for role in _KV_ROLES:
+        for replica in of_role(replicas, role):
+            argv += [f"--{role}", address(replica.nodes[0], replica.port, "http://")]
+    return Command(0, argv, title=f"router, port {ROUTER_PORT}")
 
 
 def engine_flags(pool: Pool, index: int, engine: str, notes: list[str]) -> list[str]:
@@ -97,13 +164,13 @@ def _expert_flags(pool: Pool, where: str, engine: str) -> list[str]:
 
 def _policy_flags(pool: Pool, where: str, engine: str, notes: list[str]) -> list[str]:
     flags, context = ["--no-enable-prefix-caching"], pool.max_context_tokens
-    if pool.policy == "chunked":
+    if pool.policy == "chunked" or pool.role == "decode":
         flags.append("--enable-chunked-prefill")
     else:
         # vllm/v1/core/sched/scheduler.py: without chunks a whole prompt joins the running decodes if the budget allows.
         flags.append("--no-enable-chunked-prefill")
         notes.append(f"{where}: {engine} warns that running without chunked prefill is not officially supported.")
-        if pool.policy == "prefill-first":
+        if pool.policy == "prefill-first" and pool.role != "prefill":
             notes.append(
                 f"{where}: policy prefill-first is approximated: {engine} mixes whole prompts with decodes (policy "
                 "orca); sglang runs prefill-first as planned."

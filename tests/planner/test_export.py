@@ -31,31 +31,52 @@ FLAGS = {
     # vllm 0.12.0 wheel: vllm/engine/arg_utils.py, vllm/entrypoints/openai/cli_args.py
     "vllm": {
         *VLLM,
-        *words("--host --port --headless --nnodes --node-rank --master-addr --master-port"),
+        *words("--host --port --headless --nnodes --node-rank --master-addr --master-port --kv-transfer-config"),
         *words(
             "--data-parallel-size-local --data-parallel-start-rank --data-parallel-address --data-parallel-rpc-port"
         ),
     },
+    # vllm-router 0.1.17 wheel: vllm_router/router_args.py
+    "vllm-router": set(
+        words("--host --port --vllm-pd-disaggregation --policy --worker-startup-timeout-secs --prefill --decode")
+    ),
     # vllm 0.11.0 wheel: vllm/engine/arg_utils.py; ai-dynamo 0.7.1 wheel: dynamo/vllm/args.py
-    "dynamo.vllm": {*VLLM, "--model", "--connector"},
+    "dynamo.vllm": {*VLLM, "--model", "--connector", "--is-prefill-worker", "--is-decode-worker"},
     # ai-dynamo 0.7.1 wheel: dynamo/frontend/main.py
-    "dynamo.frontend": {"--http-port", "--router-mode", "--kv-overlap-score-weight", "--no-kv-events"},
+    "dynamo.frontend": {
+        "--http-port",
+        "--router-mode",
+        "--kv-overlap-score-weight",
+        "--no-kv-events",
+        "--enforce-disagg",
+    },
     # sglang 0.5.6 wheel: sglang/srt/server_args.py
     "sglang.launch_server": set(
         words(
             "--model-path --host --port --nccl-port --tp-size --pp-size --dp-size --enable-dp-attention --ep-size "
             "--dtype --kv-cache-dtype --quantization --max-running-requests --chunked-prefill-size "
             "--max-prefill-tokens --enable-mixed-chunk --schedule-policy --page-size --context-length "
-            "--disable-radix-cache --nnodes --node-rank --dist-init-addr"
+            "--disable-radix-cache --nnodes --node-rank --dist-init-addr --disaggregation-mode "
+            "--disaggregation-transfer-backend --disaggregation-bootstrap-port --disaggregation-decode-tp "
+            "--disaggregation-decode-dp --disaggregation-prefill-pp --load-balance-method "
+            "--prefill-round-robin-balance"
         )
     ),
     # sglang-router 0.2.4 wheel: sglang_router/router_args.py
-    "sglang_router.launch_router": {"--host", "--port", "--policy", "--worker-urls"},
+    "sglang_router.launch_router": {
+        "--host",
+        "--port",
+        "--policy",
+        "--worker-urls",
+        "--pd-disaggregation",
+        "--prefill",
+        "--decode",
+    },
     # TensorRT-LLM repository at commit 00209af149e7 (1.2 series): tensorrt_llm/commands/serve.py
     "trtllm-serve": set(
         words(
             "--backend --host --port --tp_size --pp_size --ep_size --gpus_per_node --max_batch_size --max_num_tokens "
-            "--max_seq_len --extra_llm_api_options"
+            "--max_seq_len --extra_llm_api_options --server_start_timeout --request_timeout"
         )
     ),
     "nginx": set(),
@@ -70,7 +91,11 @@ TENSORRT_OPTIONS = {
     "moe_expert_parallel_size",
     "moe_tensor_parallel_size",
     "pp_partition",
+    "cache_transceiver_config",
+    "disable_overlap_scheduler",
 }
+#: Names of tensorrt_llm/llmapi/disagg_utils.py, extract_disagg_cfg.
+DISAGGREGATED_OPTIONS = {"hostname", "port", "backend", "context_servers", "generation_servers"}
 
 
 class Launched:
@@ -117,7 +142,7 @@ def launched(exported):
 
 def workers(exported):
     programs = {"vllm", "dynamo.vllm", "sglang.launch_server", "trtllm-serve"}
-    return [process for process in launched(exported) if process.program in programs]
+    return [p for p in launched(exported) if p.program in programs and "CUDA_VISIBLE_DEVICES" in p.env]
 
 
 @st.composite
@@ -174,10 +199,100 @@ def test_laws_of_launch_files(engine, plan):
     assert_gpus_are_disjoint_and_whole(plan, exported)
 
 
+@st.composite
+def disaggregated_plans(draw):
+    """Prefill pools on h100-sxm and decode pools on either device, that most engines could join."""
+    block, kv = draw(st.sampled_from([16, 64])), draw(st.sampled_from(["bf16", "fp8"]))
+    pools = []
+    for role in ["prefill"] * draw(st.integers(1, 2)) + ["decode"] * draw(st.integers(1, 2)):
+        tp, pp, d = draw(
+            st.sampled_from([(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 1, 4), (1, 1, 16), (2, 2, 1)])
+        )
+        pool = Pool(
+            replicas=draw(st.integers(1, 3)),
+            tp=tp,
+            pp=pp if role == "prefill" else 1,
+            attention_dp=d,
+            ep=1,
+            expert_tp=tp * d,
+            kv=kv,
+            policy=draw(st.sampled_from(["chunked", "prefill-first", "orca"])),
+            max_seqs=draw(st.integers(1, 64)),
+            token_budget=draw(st.integers(64, 8192)),
+            block_tokens=block,
+            role=role,
+            hardware=draw(st.sampled_from([None, "a100-80-sxm"])) if role == "decode" else None,
+        )
+        pools.append(pool)
+    here = sum(pool.gpus for pool in pools if pool.hardware is None)
+    there = sum(pool.gpus for pool in pools if pool.hardware is not None)
+    router = draw(st.sampled_from(["round-robin", "random", "least-tokens", "power-of-two"]))
+    transfer = draw(st.sampled_from(["layer-wise", "serialized"]))
+    spare = draw(st.sampled_from([0, 3]))
+    also = {"a100-80-sxm": there + spare} if there + spare else {}
+    return Plan("org/model", "h100-sxm", here + spare, tuple(pools), router=router, also=also, transfer=transfer)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(plan=disaggregated_plans())
+def test_laws_of_launch_files_of_pools(engine, plan):
+    try:
+        exported = export(plan, engine)
+    except PlanError as error:
+        assert "\n" not in str(error) and "expected" in str(error)
+        assume(False)
+    assert all("\n" not in note for note in exported.notes)
+    processes = launched(exported)
+    for process in processes:
+        assert set(process.flags) <= FLAGS[process.program]
+    for name, text in exported.files.items():
+        known = DISAGGREGATED_OPTIONS if name == "disagg_config.yaml" else TENSORRT_OPTIONS
+        if name.endswith(".yaml") and name != "dynamo.yaml":
+            assert set(yaml.safe_load(text)) <= known
+    if engine == "dynamo":
+        assert_graph_holds_the_pools(plan, yaml.safe_load(exported.files["dynamo.yaml"]))
+        if any("kubectl" in process.words for process in processes):
+            return
+    assert_devices_are_those_of_the_pools(plan, exported)
+    assert_ports_are_distinct(exported)
+
+
+def assert_devices_are_those_of_the_pools(plan, exported):
+    """No device twice, and as many of each hardware as the plan's pools hold; nodes of 8 in the plan's order."""
+    held = []
+    for process in workers(exported):
+        hosts = [process.node]
+        if hasattr(process, "mpi"):
+            hosts = [int(part.split("[")[1].split("]")[0]) for part in process.mpi[4].split(",")]
+        held += [(node, gpu) for node in hosts for gpu in process.gpus]
+    assert len(set(held)) == len(held) and all(gpu < 8 for _, gpu in held)
+    first = -(-plan.gpus // 8) if any(pool.hardware is None for pool in plan.pools) else 0
+    here = sum(pool.gpus for pool in plan.pools if pool.hardware is None)
+    assert sum(node < first for node, _ in held) == here and len(held) == plan.gpus_used
+
+
+def assert_ports_are_distinct(exported):
+    """No two processes of a node listen on one port, ranges of side channels included."""
+    taken = set()
+    for process in launched(exported):
+        mine = [flag for name in ("--port", "--http-port", "--nccl-port") for flag in process.flags[name]]
+        mine += process.flags["--disaggregation-bootstrap-port"]
+        ports = [int(port) for port in mine]
+        if "VLLM_NIXL_SIDE_CHANNEL_PORT" in process.env:
+            base = int(process.env["VLLM_NIXL_SIDE_CHANNEL_PORT"])
+            ranks = process.number("--tensor-parallel-size") * process.number("--data-parallel-size")
+            ports += range(base, base + ranks)
+        for port in ports:
+            assert (process.node, port) not in taken
+            taken.add((process.node, port))
+
+
 def assert_graph_holds_the_pools(plan, graph):
     services = graph["spec"]["services"]
     for index, pool in enumerate(plan.pools):
-        service = services[f"VllmWorker{index}"]
+        role = pool.role.title() if pool.role in ("prefill", "decode") else ""
+        service = services[f"Vllm{role}Worker{index}"]
         per_node = int(service["resources"]["limits"]["gpu"])
         assert per_node * service.get("multinode", {"nodeCount": 1})["nodeCount"] == pool.gpus_per_replica
         assert service["replicas"] == pool.replicas
