@@ -53,7 +53,7 @@ class Pools(Together):
         self.outputs = workload.requests.output_tokens.tolist()
         self.roles: list[Role | None] = [spec.role for spec in deployment.replicas]  # None: takes nothing new
         self.flows = Flows(handover.bytes_per_s if handover is not None else ())
-        self.ticks = 0  # outdated ones are ignored
+        self.due_s = inf  # when the flows are looked at next
         self.carried: dict[int, int] = {}  # the request of every flow
         self.transfers: dict[int, Transfer] = {}  # of every request between its arrival and its landing
         self.queues: list[deque[int]] = [deque() for _ in replicas]  # computed, without room at the target
@@ -279,14 +279,15 @@ class Pools(Together):
 
     def _tick(self) -> None:
         """Be there when the next flow ends."""
-        self.ticks += 1
         next_s = self.flows.next_s()
-        if next_s < inf:
-            self._at(next_s, URGENT, partial(self._flow_on, self.ticks, next_s))
+        if next_s < self.due_s:
+            self.due_s = next_s
+            self._at(next_s, URGENT, partial(self._flow_on, next_s))
 
-    def _flow_on(self, tick: int, now_s: float) -> None:
-        if tick == self.ticks:
-            self._flow_until(now_s)
+    def _flow_on(self, due_s: float) -> None:
+        if due_s == self.due_s:
+            self.due_s = inf
+            self._flow_until(due_s)
             self._tick()
 
     def _flow_until(self, now_s: float) -> None:
