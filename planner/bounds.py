@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwmodels.step_model import Pieces, StepModel, Tables, token_grid
+from simulator.blockhashes import shared_blocks
 from simulator.limits import Limit
 from simulator.workload import Requests
 
@@ -47,13 +48,30 @@ class Demand:
     pairs: float
 
 
-def demand(requests: Requests) -> Demand:
-    """The demand of the requests."""
+def computed_prompts(requests: Requests) -> NDArray[np.int64]:
+    """Prompt tokens that have to be computed even if nothing is ever forgotten; at least the last of each.
+
+    A cache holds no block before a request that has it was there, so of blocks that several have the first computes
+    them; with one queue for each cache, requests are computed in the order of their arrival.
+    """
+    prompts: NDArray[np.int64] = requests.prompt_tokens.astype(np.int64)
+    if requests.block_hashes is None:
+        return prompts
+    found = shared_blocks(requests.block_hashes) * requests.block_hashes.block_tokens
+    return prompts - np.minimum(prompts - 1, found)
+
+
+def demand(requests: Requests, *, caching: bool = False) -> Demand:
+    """The demand of the requests.
+
+    caching   whether KV is kept for prompts that begin alike: decodes attend to all of it, and what is computed of a
+              prompt attends at least to itself
+    """
     p = requests.prompt_tokens.astype(float)
     d = requests.output_tokens.astype(float) - 1.0
-    return Demand(
-        len(p), float((p + d).sum()), float(d.sum()), float((p * d + d * (d + 1) / 2).sum()), float((p * p / 2).sum())
-    )
+    new = computed_prompts(requests).astype(float) if caching else p
+    context = float((p * d + d * (d + 1) / 2).sum())
+    return Demand(len(p), float((new + d).sum()), float(d.sum()), context, float((new * new / 2).sum()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +221,18 @@ def replica_bound(model: StepModel, groups: int, reach: float) -> ReplicaBound:
 
 
 class Screen:
-    """Bounds of plans, vectorised over the plans that share a step model."""
+    """Bounds of plans, vectorised over the plans that share a step model.
 
-    def __init__(self, requests: Requests, limits: Sequence[Limit]) -> None:
-        self.demand = demand(requests)
+    caching   whether the plans keep KV for prompts that begin alike; sequences then share blocks, so that the KV pool
+              says nothing of how many run
+    """
+
+    def __init__(self, requests: Requests, limits: Sequence[Limit], *, caching: bool = False) -> None:
+        self.caching = caching
+        self.demand = demand(requests, caching=caching)
         self.limits = tuple(limits)
         self._reach = float((requests.prompt_tokens + requests.output_tokens).max())
-        prompts = np.sort(requests.prompt_tokens)
+        prompts = np.sort(computed_prompts(requests) if caching else requests.prompt_tokens)
         decodes = np.sort(requests.output_tokens - 1)
         self._prompt_at = {limit: _order_statistic(prompts, limit) for limit in self.limits}
         self._decodes_at = {limit: _order_statistic(decodes, limit) for limit in self.limits}
@@ -233,7 +256,7 @@ class Screen:
         need = self.demand
         replica = self._bounds(model, groups)
         tokens, decodes, context = need.tokens / groups, need.decode_tokens / groups, need.context_tokens / groups
-        fewest = own = np.maximum(decodes / max_seqs, context / kv_tokens)
+        fewest = own = np.maximum(decodes / max_seqs, 0.0 if self.caching else context / kv_tokens)
         for limit in self.limits:
             if self._strict[limit]:
                 fewest = np.maximum(

@@ -46,7 +46,14 @@ def precision_of(pool: Pool) -> Precision:
 
 def scheduler_of(pool: Pool) -> SchedulerConfig:
     """How the pool's engines form batches."""
-    return SchedulerConfig(pool.policy, pool.max_seqs, pool.token_budget, pool.block_tokens, pool.max_context_tokens)
+    return SchedulerConfig(
+        pool.policy,
+        pool.max_seqs,
+        pool.token_budget,
+        pool.block_tokens,
+        pool.max_context_tokens,
+        pool.prefix_caching,
+    )
 
 
 def law_broken(model: ModelShape, mapping: Mapping) -> str | None:

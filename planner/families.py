@@ -295,7 +295,7 @@ class _Comparison:
         ranked = tuple(replace(r, tie=place > 0 and r.score >= within) for place, r in enumerate(order))
         self.families.sort(key=lambda family: -family.best.score if family.best is not None else inf)
         alone = list(self.searches.values())
-        left_out = {"among the quickest in its role in a typical step": self.left_out} if self.left_out else {}
+        left_out = {"among the quickest of its role and size in a typical step": self.left_out} if self.left_out else {}
         return SearchResult(
             question=question,
             ranked=ranked,

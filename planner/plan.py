@@ -15,6 +15,9 @@ PoolRole = Literal["aggregated", "prefill", "decode", "mixed", "encode"]
 
 
 Sharing = Literal["static", "semi-pd", "nexus"]
+#: Off, or what is forgotten first of the KV that nobody uses: a key of simulator.prefixcache.EVICTIONS.
+PrefixCaching = Literal["off", "lru", "lfu", "fifo", "length-aware"]
+Routing = Literal["round-robin", "random", "least-tokens", "power-of-two", "prefix-aware"]
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -40,6 +43,10 @@ class Pool:
     targets_s             what semi-pd aims at: TTFT and TPOT, in seconds
     batch_tiles           tiles of images that a device encodes at once, where there is an encoder
     spread                encode workers that the tiles of one request are spread over at most; None for all
+    prefix_caching        whether KV is kept for other prompts that begin alike, and which of it goes first when room
+                          is needed; of effect on traffic with block hashes
+    host_kv_gb, ssd_kv_gb   KV of one replica that host memory and disks keep when the devices have no more room for it,
+                          in GB (1e9 bytes); disks keep all that host memory does. None: nothing
     """
 
     replicas: int
@@ -66,6 +73,9 @@ class Pool:
     sharing: Sharing | None = None
     shares: tuple[float, float] | None = None
     targets_s: tuple[float, float] | None = None
+    prefix_caching: PrefixCaching = "off"
+    host_kv_gb: float | None = None
+    ssd_kv_gb: float | None = None
 
     @property
     def gpus_per_replica(self) -> int:
@@ -90,6 +100,7 @@ class Plan:
     transfer   how KV goes from prefill to decode pools: layer by layer while prompts are computed, or afterwards
     encoder    name of a vision encoder or path of its profile, for requests with images; without a pool that encodes,
                the replicas that prefill hold it and encode before they prefill
+    ssd_gb_per_s   what the disks of one node read, and write, in GB/s (1e9 bytes); needed where pools keep KV on disks
     """
 
     model: str
@@ -97,10 +108,11 @@ class Plan:
     gpus: int
     pools: tuple[Pool, ...]
     engine: str = "vllm"
-    router: Literal["round-robin", "random", "least-tokens", "power-of-two"] = "round-robin"
+    router: Routing = "round-robin"
     also: dict[str, int] = field(default_factory=dict)
     transfer: Mode = "layer-wise"
     encoder: str | None = None
+    ssd_gb_per_s: float | None = None
     version: int = 2
 
     @property

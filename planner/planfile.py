@@ -99,6 +99,11 @@ def _problems(plan: Plan) -> Iterator[str]:
         if role in roles and not roles & {other, "mixed"}:
             yield f"pools have role {role} but none has {other} or mixed, expected a pool of that role"
     yield from _encode_problems(plan)
+    disks = next((index for index, pool in enumerate(plan.pools) if pool.ssd_kv_gb is not None), None)
+    if disks is not None and plan.ssd_gb_per_s is None:
+        yield f"ssd_gb_per_s is None, expected what a node's disks read and write in GB/s with pools[{disks}].ssd_kv_gb"
+    if plan.ssd_gb_per_s is not None and not (isfinite(plan.ssd_gb_per_s) and plan.ssd_gb_per_s > 0):
+        yield f"ssd_gb_per_s is {plan.ssd_gb_per_s}, expected a finite number above 0"
 
 
 def _encode_problems(plan: Plan) -> Iterator[str]:
@@ -129,6 +134,7 @@ def _pool_problems(pool: Pool) -> Iterator[str]:
         if value not in known and (key, value) != ("experts", None):
             yield f"{key} is {value!r}, expected one of {', '.join(known)}"
     yield from _sharing_problems(pool)
+    yield from _caching_problems(pool)
     if pool.stages is not None and (len(pool.stages) != pool.pp or min(pool.stages, default=0) < 1):
         yield f"stages is {list(pool.stages)}, expected {pool.pp} layer counts (one per stage) of at least 1"
     ranks = pool.tp * pool.attention_dp
@@ -138,6 +144,21 @@ def _pool_problems(pool: Pool) -> Iterator[str]:
         yield f"spread is {pool.spread}, expected 1 to replicas ({pool.replicas})"
     if pool.policy == "chunked" and pool.max_seqs > pool.token_budget:
         yield f"max_seqs is {pool.max_seqs}, expected at most token_budget ({pool.token_budget}) with policy chunked"
+
+
+def _caching_problems(pool: Pool) -> Iterator[str]:
+    if pool.prefix_caching != "off" and pool.policy == "static":
+        yield f"prefix_caching is {pool.prefix_caching!r}, expected 'off' with policy static"
+    for key in ("host_kv_gb", "ssd_kv_gb"):
+        value = getattr(pool, key)
+        if value is None:
+            continue
+        if not (isfinite(value) and value >= 0):
+            yield f"{key} is {value}, expected a finite number of at least 0"
+        if pool.prefix_caching == "off":
+            yield f"{key} is {value}, expected None with prefix_caching 'off': nothing would be looked for there"
+    if pool.ssd_kv_gb is not None and pool.host_kv_gb is not None and pool.ssd_kv_gb < pool.host_kv_gb:
+        yield f"ssd_kv_gb is {pool.ssd_kv_gb}, expected at least host_kv_gb ({pool.host_kv_gb}), all of which it keeps"
 
 
 def _sharing_problems(pool: Pool) -> Iterator[str]:

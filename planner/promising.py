@@ -1,4 +1,4 @@
-"""Which kinds of replica are worth a close look in a role? The quickest per device in one typical step."""
+"""Which kinds of replica are worth a close look in a role? The quickest of their size in one typical step."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from simulator.deployment import ReplicaSpec
 from simulator.limits import Limit
 from simulator.workload import Requests
 
-#: Kinds kept in each role.
-KEPT = 16
+#: Kinds kept in each role of each size in devices.
+KEPT = 3
 
 
 def promising(
     kinds: Sequence[tuple[Pool, ReplicaSpec]], requests: Requests, limits: Sequence[Limit], kept: int = KEPT
 ) -> list[tuple[Pool, ReplicaSpec]]:
-    """The `kept` kinds of each role that do most per device in a step that alone keeps the limits, best first."""
+    """Of each role and size in devices, the `kept` kinds that do most in a step that alone keeps the limits."""
     found: list[tuple[Pool, ReplicaSpec]] = []
-    for role in dict.fromkeys(pool.role for pool, _ in kinds):
-        mine = [(pool, spec) for pool, spec in kinds if pool.role == role]
+    for role, gpus in dict.fromkeys((pool.role, pool.gpus_per_replica) for pool, _ in kinds):
+        mine = [(pool, spec) for pool, spec in kinds if (pool.role, pool.gpus_per_replica) == (role, gpus)]
         rate = _prompts_per_s if role == "prefill" else _tokens_per_s
-        scores = [rate(spec, requests, limits) / spec.mapping.gpus for _, spec in mine]
+        scores = [rate(spec, requests, limits) for _, spec in mine]
         best = sorted(range(len(mine)), key=lambda i: -scores[i])
         found += [mine[i] for i in best[:kept] if scores[i] > 0]
     return found

@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Literal, get_args
 
 from planner.errors import PlanError
+from planner.plan import Routing
 from planner.space import Choices
 from simulator.handover import Mode
 from simulator.limits import Limit
@@ -51,7 +52,7 @@ class Question:
     objective: Objective = "goodput-per-gpu"
     engine: str = "vllm"
     choices: Choices = field(default_factory=Choices)
-    router: Literal["round-robin", "random", "least-tokens", "power-of-two"] = "round-robin"
+    router: Routing = "round-robin"
     seed: int = 0
     seconds: float = 13.0
     tolerance: float = 0.02

@@ -9,7 +9,7 @@ from planner.catalogue import Catalogue, mapping_of, precision_of
 from planner.estimate import estimate_rate_per_s
 from planner.plan import Plan, Pool
 from planner.question import Question
-from planner.space import Choices, enumerate_pools, replicas_that_fit
+from planner.space import enumerate_pools, replicas_that_fit
 from planner.trial import Trial, attempt, capacity
 from planner.workers import Workers, available_cpus
 
@@ -92,7 +92,7 @@ def _cuts(question: Question, catalogue: Catalogue) -> list[Pool]:
     allowed = question.choices
     budget = BUDGET if BUDGET in allowed.token_budgets else allowed.token_budgets[-1]
     seqs = max((n for n in allowed.max_seqs if n <= budget), default=budget)
-    choices = Choices(allowed.precisions, ("chunked",), (budget,), (seqs,), allowed.block_tokens)
+    choices = replace(allowed, policies=("chunked",), token_budgets=(budget,), max_seqs=(seqs,))
     pools = [
         pool
         for pool, _ in enumerate_pools(catalogue, choices, longest).pools

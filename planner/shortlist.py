@@ -91,7 +91,8 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
     groups: dict[tuple[Mapping, Precision], list[tuple[Pool, int]]] = defaultdict(list)
     for pool, kv_blocks in space.pools:
         groups[mapping_of(pool), precision_of(pool)].append((pool, kv_blocks))
-    screen = Screen(requests, (*question.limits, MEAN_E2E))
+    caching = question.choices.prefix_caching != "off"
+    screen = Screen(requests, (*question.limits, MEAN_E2E), caching=caching)
     result.floors = dict.fromkeys(question.limits, inf)
     for (mapping, precision), pools in groups.items():
         model = catalogue.step_model(mapping, precision)

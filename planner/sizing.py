@@ -17,7 +17,7 @@ from planner.poolprogram import Goal
 from planner.pools import Point, Sizing, size_pools
 from planner.promising import promising
 from planner.question import Question
-from planner.space import Choices, enumerate_pools
+from planner.space import enumerate_pools
 from planner.trial import Trial, attempt, capacity
 from planner.workers import Workers, available_cpus
 from simulator.deployment import Role
@@ -93,9 +93,10 @@ def phase_pools(question: Question, catalogue: Catalogue, hardware: str | None) 
         ("decode", (max(DECODE_TOKENS, seqs),), seqs),
     )
     for role, tokens, most in roles:
-        choices = Choices(allowed.precisions, ("chunked",), tokens, (most,), allowed.block_tokens)
+        choices = replace(allowed, policies=("chunked",), token_budgets=tokens, max_seqs=(most,))
         for pool, _ in enumerate_pools(catalogue, choices, longest).pools:
-            yield replace(pool, role=role, hardware=hardware)
+            if pool.gpus_per_replica < sum(question.devices.values()):  # the other role needs room
+                yield replace(pool, role=role, hardware=hardware)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ from hwmodels.hardware import Cluster
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.shape import ModelShape
 from planner.catalogue import Catalogue, format_problem, law_broken
-from planner.plan import Pool
+from planner.plan import Pool, PrefixCaching
 from simulator.scheduler import Policy
 
 
@@ -23,6 +23,7 @@ class Choices:
     token_budgets: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     max_seqs: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     block_tokens: int = 16
+    prefix_caching: PrefixCaching = "off"
 
 
 @dataclass(slots=True)
@@ -97,13 +98,15 @@ def enumerate_pools(catalogue: Catalogue, choices: Choices, longest_tokens: int)
                             broken = "the device multiplies in the format"
                         if broken is None and max_seqs > budget:
                             broken = "max_seqs is at most token_budget"
+                        if broken is None and policy == "static" and choices.prefix_caching != "off":
+                            broken = "static batches keep no prefixes"
                         if broken is not None:
                             space.broken[broken] += 1
                             continue
                         pool = Pool(
                             1, mapping.tp, mapping.pp, mapping.attention_dp, mapping.ep, mapping.expert_tp, None,
                             precision.weights, precision.activations, precision.kv, precision.experts, policy,
-                            max_seqs, budget, choices.block_tokens, served,
+                            max_seqs, budget, choices.block_tokens, served, prefix_caching=choices.prefix_caching,
                         )  # fmt: skip
                         kv_blocks = catalogue.memory(pool).kv_blocks
                         if kv_blocks < -(-longest_tokens // choices.block_tokens):

@@ -36,6 +36,8 @@ class Extremes:
         """Whether a run of `old` with these extremes is, event for event, a run of `new`, cut and scheduled alike."""
         if old_blocks != new_blocks and ("kv" in self.limited or new_blocks < self.peak_blocks):
             return False
+        if old_blocks != new_blocks and new.prefix_caching != "off":
+            return False  # what is not reserved keeps prefixes
         if old.max_seqs != new.max_seqs and ("seqs" in self.limited or new.max_seqs < self.peak_seqs):
             return False
         return old.token_budget == new.token_budget or (
