@@ -132,7 +132,10 @@ class _Comparison:
         else:
             strained = _nearest(best, question.limits) if best is not None else None
             wall_s = time.perf_counter() - started
-            self.families.append(Family("aggregated", best, problem, strained_by=strained, wall_s=wall_s))
+            rate = None if best is None else _kept_rate(question, best)
+            self.families.append(
+                Family("aggregated", best, problem, strained_by=strained, rate_per_s=rate, wall_s=wall_s)
+            )
             if problem:
                 self.problems.append(problem)
         return Offer(options)
@@ -193,7 +196,9 @@ class _Comparison:
         best = found[0] if found else None
         strained = _nearest(best, question.limits) if best is not None else None
         wall_s = time.perf_counter() - started
-        self.families.append(Family("shared", best, "" if found else problem, strained_by=strained, wall_s=wall_s))
+        rate = best.trial.rate_per_s if best is not None else None
+        told = "" if found else problem
+        self.families.append(Family("shared", best, told, strained_by=strained, rate_per_s=rate, wall_s=wall_s))
         if not found:
             self.problems.append(f"shared: {problem}; relax a limit or add devices")
 
@@ -279,6 +284,7 @@ class _Comparison:
             found.program.best.gap,
             tuple(row.name for row in one.point.tight),
             _nearest(best, question.limits),
+            one.trial.rate_per_s if one.trial is not None else None,
             wall_s,
         )
 
@@ -327,10 +333,17 @@ class _Comparison:
         if len(kept) < 2 or not self.question.limits:
             return None
         self.progress("comparing ways of serving over rates", 0.95)
-        most = max(ranked.capacity_per_s or ranked.trial.rate_per_s for ranked in kept)
+        most = max(family.rate_per_s or 0.0 for family in self.families)
         first, second = (self.catalogue.deployment(ranked.plan) for ranked in kept[:2])
         question = self.question
         return crossover(first, second, question.requests, question.limits, most, question.seed)
+
+
+def _kept_rate(question: Question, best: Ranked) -> float:
+    """The highest rate simulated within the limits; of a plan whose trial is at the demanded rate, its goodput."""
+    if question.rate_per_s is not None and best.capacity_per_s is not None:
+        return best.capacity_per_s
+    return best.trial.rate_per_s
 
 
 def _nearest(ranked: Ranked, limits: Sequence[Limit]) -> Limit | None:

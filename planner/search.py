@@ -99,6 +99,8 @@ class Family:
                   None where plans were searched one by one
     held_by       rows of the program that hold the rate down, heaviest first
     strained_by   the limit that the best plan comes nearest to in its trial
+    rate_per_s    highest rate offered at which the best plan kept the limits when simulated (the demanded rate for
+                  objectives that ask for no other)
     wall_s        of looking for it
     """
 
@@ -109,14 +111,8 @@ class Family:
     gap: float | None = None
     held_by: tuple[str, ...] = ()
     strained_by: Limit | None = None
+    rate_per_s: float | None = None
     wall_s: float = 0.0
-
-    @property
-    def rate_per_s(self) -> float | None:
-        """The highest rate its best plan was simulated to keep, or the demanded one where that was not asked for."""
-        if self.best is None:
-            return None
-        return self.best.capacity_per_s or self.best.trial.rate_per_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,7 +224,9 @@ def sized(question: Question, catalogue: Catalogue, offered: Offer, *, until_s: 
     for margin in MARGINS if question.objective != "goodput-per-gpu" else MARGINS[:1]:
         demand = Demand(rate_per_s=None if goal == "rate" else question.demanded_per_s * margin)
         left_s = max(1.0, (until_s - time.perf_counter()) / 3)
-        program = size_pools(options, demand, budget_of(question), goal, keep=LOOKED_AT, seconds=left_s, most_kinds=MOST_KINDS)
+        program = size_pools(
+            options, demand, budget_of(question), goal, keep=LOOKED_AT, seconds=left_s, most_kinds=MOST_KINDS
+        )
         plans = [(plan_of(question, point, kinds), point) for point in program.points]
         simulated += _simulated(question, catalogue, plans, until_s)
         if any(one.trial is not None for one in simulated):

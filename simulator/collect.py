@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from hwmodels.energy import power_w
 from hwmodels.work import Steps
 from simulator.deployment import Deployment
+from simulator.encoding import Encoding
 from simulator.log import Log
 from simulator.result import (
     STEP_COLUMNS,
@@ -19,6 +20,7 @@ from simulator.result import (
     step_frame,
     transfer_frame,
 )
+from simulator.reuse import CacheUse
 from simulator.workload import Requests, Workload
 
 
@@ -51,7 +53,7 @@ def collect(deployment: Deployment, workload: Workload | Requests, log: Log, see
     served = finish_s[~rejected]
     makespan_s = float(served.max() - np.min(log.arrival_s)) if len(served) else 0.0
     table = None if log.segments is None else np.frombuffer(log.segments, dtype=float).reshape(-1, len(STEP_COLUMNS))
-    flops, moved, energy_j = _consumption(deployment, table, makespan_s)
+    flops, moved, energy_j = _consumption(deployment, table, makespan_s, log.encoding)
     encode = deployment.encode
     if log.encoding is not None:
         more_flops, more_bytes, more_j = log.encoding.consumption(deployment)
@@ -91,12 +93,25 @@ def collect(deployment: Deployment, workload: Workload | Requests, log: Log, see
     spans = None if table is None else span_frame(log.last_spans(requests.output_tokens))
     handover = deployment.handover
     links = link_frame(handover.names, handover.bytes_per_s, log.carried_bytes) if handover else link_frame([], [], [])
+    caching = None
+    if log.asked_tokens is not None:
+        loaded, tiers = sum(log.loaded_tokens.values()), deployment.tiers
+        caching = CacheUse(
+            prompt_tokens=log.asked_tokens,
+            found_tokens=sum(log.cached_tokens.values()) - loaded,
+            loaded_tokens=loaded,
+            loads=len(log.loads_s),
+            load_mean_s=float(np.mean(log.loads_s)) if log.loads_s else float("nan"),
+            stored_bytes=log.stored_bytes,
+            loaded_bytes=log.loaded_bytes,
+            links=tuple(zip(tiers.names, tiers.bytes_per_s, log.tier_bytes.tolist(), strict=True)) if tiers else (),
+        )
     use = log.encoding.use(makespan_s) if log.encoding is not None else None
-    return Result(frame, steps, spans, totals, transfer_frame(log.transfers), links, use)
+    return Result(frame, steps, spans, totals, transfer_frame(log.transfers), links, use, caching)
 
 
 def _consumption(
-    deployment: Deployment, table: NDArray[np.float64] | None, makespan_s: float
+    deployment: Deployment, table: NDArray[np.float64] | None, makespan_s: float, encoding: Encoding | None
 ) -> tuple[float, float, float]:
     """FLOPs, bytes and joules of the run; NaN where the steps were not recorded."""
     nan = float("nan")
@@ -113,6 +128,8 @@ def _consumption(
         step_flops, step_bytes = work.of(steps)
         # A lane keeps its tensor-parallel ranks busy, in a pipeline those of one stage after the other.
         busy_s = (columns["end_s"] - columns["start_s"])[mine]
+        if encoding is not None:
+            busy_s -= encoding.before_s(index, columns["prefill_sequences"][mine] > 0)
         on_s = np.maximum(busy_s, 1e-12) * mapping.tp
         compute = step_flops / (on_s * device.peak_flops_per_s[spec.arithmetic_dtype])
         memory = step_bytes / (on_s * device.memory_bytes_per_s)

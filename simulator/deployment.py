@@ -18,6 +18,7 @@ from simulator.lockstep import LockstepReplica
 from simulator.log import Log
 from simulator.pipeline import PipelineReplica
 from simulator.replica import Replica
+from simulator.reuse import Tiering
 from simulator.routers import Router, round_robin
 from simulator.scheduler import Scheduler, SchedulerConfig
 
@@ -87,6 +88,7 @@ class Deployment:
                      simulator.roleswitch: this long after such a replica has finished what it has; None: never
     removals         replicas that fail during the run
     encode           workers that encode images before requests reach the replicas; None: there are none
+    tiers            memories below the devices' that keep KV for prompts that begin alike; None: there are none
 
     Raises PoolError for roles that cannot serve a request together.
     """
@@ -99,6 +101,7 @@ class Deployment:
     switch_s: float | None = None
     removals: Sequence[Removal] = ()
     encode: EncodeSpec | None = None
+    tiers: Tiering | None = None
 
     def __post_init__(self) -> None:
         """Raise PoolError for roles that cannot serve a request together."""

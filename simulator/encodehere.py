@@ -6,6 +6,7 @@ decodes included.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,17 +50,18 @@ class EncodesFirst:
     """Makes the steps of one replica longer by the time to encode the images of prompts that begin in them.
 
     tiles     of every request of the run
-    busy_s, batches   seconds spent so far, and batches of all ranks by their tiles
+    spent_s   on images, of every step with prompts so far
+    batches   of all ranks, by their tiles
 
     Tokens of images are kept until the request ends: a prompt that is computed again does not encode again.
     """
 
-    __slots__ = ("_encoded", "batches", "busy_s", "encoder", "tiles")
+    __slots__ = ("_encoded", "batches", "encoder", "spent_s", "tiles")
 
     def __init__(self, encoder: OwnEncoder, tiles: Sequence[int]) -> None:
         self.encoder = encoder
         self.tiles = tiles
-        self.busy_s = 0.0
+        self.spent_s = array("d")
         self.batches: dict[int, int] = {}
         self._encoded: set[int] = set()
 
@@ -67,6 +69,7 @@ class EncodesFirst:
         """Seconds before a step with these prompts: tiles shared out evenly over the ranks, batch by batch."""
         fresh = [request for request, _, _ in chunks if self.tiles[request] and request not in self._encoded]
         if not fresh:
+            self.spent_s.append(0.0)
             return 0.0
         self._encoded.update(fresh)
         encoder = self.encoder
@@ -74,7 +77,7 @@ class EncodesFirst:
         self._count(least, encoder.ranks - more)
         self._count(least + 1, more)
         seconds = self._seconds(least + (more > 0))
-        self.busy_s += seconds
+        self.spent_s.append(seconds)
         return seconds
 
     def _seconds(self, tiles: int) -> float:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hwmodels.energy import RUNNING
 from simulator.deployment import AnyReplica, Deployment
 from simulator.encode import Counts, Encoded, EncodeUse, encode_stage, reached
 from simulator.encodehere import EncodesFirst
@@ -57,7 +57,7 @@ class Encoding:
         seen = self.tiles > 0
         counts = int(seen.sum()), int(self.tiles.sum())
         if self.encoded is None:
-            busy_s = sum(replica.busy_s for replica in self.own.values())
+            busy_s = sum(sum(replica.spent_s) for replica in self.own.values())
             return EncodeUse(0, *counts, _share(busy_s, self.groups * makespan_s))
         found = self.encoded
         workers = len(found.busy_s)
@@ -65,19 +65,24 @@ class Encoding:
         means = (float(waits_s.mean()), float(times_s.mean())) if len(times_s) else ()
         return EncodeUse(workers, *counts, _share(float(found.busy_s.sum()), workers * makespan_s), *means)
 
+    def before_s(self, replica: int, prompts: NDArray[np.bool_]) -> Floats:
+        """Seconds a replica encoded in each row of its step log; `prompts` says which of them compute any."""
+        found = np.zeros(len(prompts))
+        own = self.own.get(replica)
+        if own is not None:
+            rows = np.flatnonzero(prompts)
+            found[rows] = own.spent_s[: len(rows)]
+        return found
+
     def consumption(self, deployment: Deployment) -> tuple[float, float, float]:
-        """FLOPs, bytes, and joules above what the devices draw anyway: when idle, or as replicas in a step."""
+        """FLOPs, bytes, and joules above idle power."""
         if self.encoded is not None:
             assert deployment.encode is not None
             return self.encoded.consumption(deployment.encode)
         total = np.zeros(3)
         for index, replica in self.own.items():
             spec = deployment.replicas[index]
-            device = spec.device
-            if replica.encoder.works is None:
-                continue
-            total += replica.consumption(device, spec.arithmetic_dtype)
-            total[2] -= RUNNING * (device.tdp_w - device.idle_w) * replica.busy_s * replica.encoder.ranks
+            total += replica.consumption(spec.device, spec.arithmetic_dtype)
         flops, moved, joules = total.tolist()
         return flops, moved, joules
 

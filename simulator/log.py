@@ -34,6 +34,10 @@ class Log:
     requeued, lost_kv_blocks   requests whose replica was removed, and the KV blocks that went with them
     role_switches    replicas that have changed roles
     cached_tokens    by request, prompt tokens that it found cached when first admitted, where there were any
+    loaded_tokens    by request, those of them that had to be loaded from the tiers below
+    asked_tokens     prompt tokens of the requests that were looked up in a cache
+    loads_s, stored_bytes, loaded_bytes, tier_bytes   time of every load from the tiers, bytes that left the devices for
+                     them and came back, and bytes over each of their links
     encoding   who encodes the images of requests; None where these have none
     watch   told of every step that computes prompts, where somebody wants to know
     spans   (request, replica, lane, first token, tokens, joined) of what requests emitted before they were interrupted;
@@ -45,6 +49,7 @@ class Log:
         "_resumed_s",
         "_spanned",
         "arrival_s",
+        "asked_tokens",
         "cached_tokens",
         "carried_bytes",
         "encoding",
@@ -54,6 +59,9 @@ class Log:
         "first_token_s",
         "lane",
         "limited",
+        "loaded_bytes",
+        "loaded_tokens",
+        "loads_s",
         "lost_kv_blocks",
         "peak_blocks",
         "peak_seqs",
@@ -64,6 +72,8 @@ class Log:
         "role_switches",
         "segments",
         "spans",
+        "stored_bytes",
+        "tier_bytes",
         "transfers",
         "watch",
     )  # fmt: skip
@@ -88,6 +98,11 @@ class Log:
         self.lost_kv_blocks = 0
         self.role_switches = 0
         self.cached_tokens: dict[int, int] = {}
+        self.loaded_tokens: dict[int, int] = {}
+        self.asked_tokens: int | None = None
+        self.loads_s = array("d")
+        self.stored_bytes = self.loaded_bytes = 0.0
+        self.tier_bytes: NDArray[np.float64] = np.empty(0)
         self.limited: set[str] = set()
         self.peak_seqs = 0
         self.peak_blocks = 0
@@ -102,8 +117,11 @@ class Log:
             self.limited |= scheduler.limited
             self.peak_seqs = max(self.peak_seqs, scheduler.peak_seqs)
             self.peak_blocks = max(self.peak_blocks, scheduler.peak_blocks)
-            if scheduler.cache is not None:
-                self.cached_tokens = scheduler.cache.cached_tokens | self.cached_tokens
+            cache = scheduler.cache
+            if cache is not None:
+                self.asked_tokens = (self.asked_tokens or 0) + cache.asked_tokens
+                self.cached_tokens = cache.cached_tokens | self.cached_tokens
+                self.loaded_tokens = cache.loaded_tokens | self.loaded_tokens
 
     def renumber(self, order: NDArray[np.int64]) -> None:
         """Give the request at position i the number order[i] in all that is noted."""
@@ -116,7 +134,7 @@ class Log:
         arrival_s[order] = self.arrival_s
         self.arrival_s = arrival_s
         now = order.tolist()
-        for name in ("preemptions", "cached_tokens", "_resumed_s", "_spanned", "_joined_s"):
+        for name in ("preemptions", "cached_tokens", "loaded_tokens", "_resumed_s", "_spanned", "_joined_s"):
             setattr(self, name, {now[request]: value for request, value in getattr(self, name).items()})
         self.rejected = [now[request] for request in self.rejected]
         self.requeued = [now[request] for request in self.requeued]

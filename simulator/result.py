@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.encode import EncodeUse
+from simulator.reuse import CacheUse
 
 Floats = NDArray[np.float64]
 
@@ -96,6 +97,7 @@ class Result:
     transfers  KV that went from replica to replica, columns TRANSFER_COLUMNS; empty where replicas share no requests
     links      name, bytes_per_s and carried_bytes of every link between replicas
     encode     what encoding took; None where requests had no images
+    caching    what keeping KV for prompts that begin alike saved; None where it was off or nothing known of prompts
     """
 
     requests: pd.DataFrame
@@ -105,6 +107,7 @@ class Result:
     transfers: pd.DataFrame = field(default_factory=lambda: transfer_frame([]))
     links: pd.DataFrame = field(default_factory=lambda: link_frame([], [], []))
     encode: EncodeUse | None = None
+    caching: CacheUse | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:

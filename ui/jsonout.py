@@ -37,6 +37,10 @@ shardwise simulate
     limits       {limit: whether the measured requests keep it together}, empty without limits
     replications {metric: {mean, half_width, runs}} of a 95 % interval; null for a single run
     evidence     {source of prices: share of a step's device time}
+    encode       null without images; workers (0: replicas encode for themselves), requests and tiles (that were
+                 encoded), use (share of the time these devices encoded), wait_mean_s (to the first batch's start) and
+                 mean_s (until all its tokens are with prefill) of a request with images; null without workers
+    notes        what is odd about the plan
     wall_s       of the simulation
 
 shardwise explain

@@ -31,7 +31,7 @@ def show_serving(out: Console, result: SearchResult) -> None:
                 str(family.strained_by or "-"),
             ]
         )
-    columns = ["serving", "best plan", "value", "predicted/s", "simulated/s", "nearest limit"]
+    columns = ["serving", "best plan", "value", "predicted/s", "kept/s", "nearest limit"]
     show_table(out, f"Ways of serving ({result.unit}; predicted by the sizing program)", columns, rows, words=2)
     for sentence in reasons(result):
         say(out, sentence)
@@ -59,11 +59,13 @@ def reasons(result: SearchResult) -> list[str]:
         text = f"  {family.name}: {number(rate_per_s)} requests/s"
         if family.strained_by is not None:
             text += f", held down by {family.strained_by}"
-        if family.held_by:
-            text += f"; in the program by {', '.join(family.held_by)}"
         if family.predicted_per_s is not None and result.question.objective == "goodput-per-gpu":
-            off = family.predicted_per_s / rate_per_s - 1
-            text += f" (predicted {abs(off):.0%} too {'high' if off > 0 else 'low'}; its gap is {percent(family.gap)})"
+            off = family.predicted_per_s / rate_per_s - 1 if rate_per_s else 0.0
+            text += f"; predicted {number(family.predicted_per_s)}/s with a gap of {percent(family.gap)}"
+            if family.held_by:
+                text += f", held down by {' and '.join(family.held_by)}"
+            if abs(off) > 0.1:
+                text += f" ({abs(off):.0%} too {'optimistic' if off > 0 else 'careful'})"
         found.append(text + ".")
     return found
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hwmodels.shape import ModelShape
     from planner.plan import Plan, Pool
+    from simulator.encode import EncodeUse
 
 
 def cut(pool: Pool) -> str:
@@ -44,6 +45,9 @@ def part(pool: Pool) -> str:
     """
     words: list[str] = [pool.role] if pool.role != "aggregated" else []
     words += [f"on {pool.hardware}"] if pool.hardware else []
+    if pool.sharing is not None:
+        parts = "" if pool.shares is None else " " + "/".join(f"{share:.0%}" for share in pool.shares)
+        words.append(f"{pool.sharing}{parts}")
     return "".join(f"{word} " for word in words)
 
 
@@ -54,12 +58,14 @@ def at_hand(devices: Mapping[str, int]) -> str:
 
 def in_short(plan: Plan) -> str:
     """How the plan cuts the model, such as '4 x tp=4' or '2 x prefill tp=4 + 1 x decode tp=8'."""
-    return " + ".join(f"{pool.replicas} x {part(pool)}{cut(pool)}" for pool in plan.pools)
+    return " + ".join(
+        workers(pool) if pool.role == "encode" else f"{pool.replicas} x {part(pool)}{cut(pool)}" for pool in plan.pools
+    )
 
 
 def scheduling(plan: Plan) -> str:
     """Policies with the most sequences and tokens of a step, such as 'chunked 256/2048'."""
-    return " + ".join(f"{pool.policy} {pool.max_seqs}/{pool.token_budget}" for pool in plan.pools)
+    return " + ".join(f"{pool.policy} {pool.max_seqs}/{pool.token_budget}" for pool in plan.serving)
 
 
 def in_words(plan: Plan) -> str:
@@ -67,8 +73,12 @@ def in_words(plan: Plan) -> str:
     kinds = [
         f"{part(pool)}{replicas(pool)} ({pool.policy}, up to {pool.max_seqs} sequences and {pool.token_budget} tokens "
         f"a step, {kept(pool)})"
+        if pool.role != "encode"
+        else f"{workers(pool)} ({plan.encoder}, up to {pool.batch_tiles} tiles a batch)"
         for pool in plan.pools
     ]
+    if plan.encoder is not None and plan.encode_pool is None:
+        kinds[-1] += f", {plan.encoder} where prompts are computed,"
     return f"{' + '.join(kinds)} on {plan.gpus_used} of {sum(plan.devices.values())} GPUs; {plan.idle} idle"
 
 
@@ -137,6 +147,18 @@ def attention(model: ModelShape) -> str:
     words = [kind, *(f"window {window}" for window in sorted(w for w in windows if w is not None))]
     experts = next((layer.feed_forward for layer in model.layers if layer.feed_forward.experts), None)
     return ", ".join(words + ([] if experts is None else [f"MoE {experts.experts}/{experts.top_k}"]))
+
+
+def encoding(use: EncodeUse) -> str:
+    """What encoding images took, such as '600 tiles of 300 requests; 4 encode workers 12 % busy, ...'."""
+    what = f"{use.tiles:,} tiles of {use.requests:,} requests"
+    if not use.workers:
+        return f"{what}; replicas that prefill spend {percent(use.use)} of the time encoding them"
+    noun = "worker" if use.workers == 1 else "workers"
+    return (
+        f"{what}; {use.workers} encode {noun} {percent(use.use)} busy; a request waits {seconds(use.wait_mean_s)} for "
+        f"its encoding to begin and has its tokens after {seconds(use.mean_s)}, on average"
+    )
 
 
 def shares(parts: Mapping[str, float]) -> str:

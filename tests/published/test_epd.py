@@ -29,11 +29,11 @@ from hwmodels.roofline import AnalyticCost
 from hwmodels.shape import ModelShape
 from hwmodels.step_model import StepModel, compile_step_model
 from simulator.deployment import Deployment, ReplicaSpec
-from simulator.encode import EncodeSpec, Images, encode_stage, reached
-from simulator.encodehere import EncodingSpec, OwnEncoder
+from simulator.encode import EncodeSpec, Images
+from simulator.encodehere import OwnEncoder
 from simulator.scheduler import SchedulerConfig
 from simulator.simulate import run
-from simulator.workload import Requests
+from simulator.workload import Requests, Workload
 
 DEVICE, ENGINE, BF16 = load_device("a100-80-sxm"), load_engine("vllm-0.6"), Precision()
 USABLE_BYTES = DEVICE.memory_bytes * ENGINE.memory_fraction - ENGINE.reserve_bytes
@@ -259,21 +259,20 @@ def serve(
     seconds = (times + prepare_s / cut.tiles * np.arange(most + 1)).tolist()
     arrival_s = np.cumsum(np.random.default_rng(1).exponential(1 / rate_per_s, count))
     images = Images(np.array(most), encoder.tokens(cut.patches))
-    requests = images.prompts(Requests(arrival_s, np.full(count, 22), np.ones(count, dtype=int)))
     config = SchedulerConfig("prefill-first", max_seqs=1, token_budget=8192, max_context_tokens=CONTEXT_TOKENS)
     parts = (prefill_model(), Mapping(), config, 4096, DEVICE)
-    own = OwnEncoder(seconds, images.of(count).tolist(), most)
-    together = run(Deployment([EncodingSpec(*parts, encoder=own)] * (encode + prefill)), requests)
+    load = Workload(Requests(arrival_s, np.full(count, 22), np.ones(count, dtype=int)), images=images)
+    own = ReplicaSpec(*parts, encoder=OwnEncoder(seconds, most))
+    together = run(Deployment([own] * (encode + prefill)), load)
     links = load_cluster("hgx-a100", 8).intra
     assert links is not None
     spec = EncodeSpec(
         seconds, encode, batch_tiles=most, shards=shards, tile_bytes=encoder.token_bytes(cut.patches),
         bytes_per_s=links.bytes_per_s * links.efficiency, latency_s=links.latency_s,
     )  # fmt: skip
-    arrived = reached(requests, encode_stage(spec, arrival_s, images.of(count)).ready_s)
-    apart = run(Deployment([ReplicaSpec(*parts)] * prefill), arrived.requests)
-    first_s = arrived.back(apart.first_token_s)
-    return FirstToken(float(np.mean(np.array(together.first_token_s) - arrival_s)), float(np.mean(first_s - arrival_s)))
+    apart = run(Deployment([ReplicaSpec(*parts)] * prefill, encode=spec), load)
+    means = [float(np.mean(np.array(log.first_token_s) - arrival_s)) for log in (together, apart)]
+    return FirstToken(*means)
 
 
 @pytest.mark.parametrize("pictures", [2, 4, 8])

@@ -118,12 +118,12 @@ def arranged(requests: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.cumsum(gaps) * TILE_S / 2, tiles
 
 
-def slow_pool(spec: EncodeSpec, arrival_s: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-    """Tile by tile: queues of single tiles, looked at whenever a request arrives or a batch ends."""
+def slow_pool(spec: EncodeSpec, arrival_s: np.ndarray, tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tile by tile: queues of single tiles, looked at whenever a request arrives or a batch ends; ready and begun."""
     queues: list[list[tuple[float, int]]] = [[] for _ in range(spec.workers)]
     ends, sizes = [0.0] * spec.workers, [0] * spec.workers
     link = [0.0] * spec.workers
-    ready = arrival_s.astype(float).copy()
+    ready, begun = arrival_s.astype(float).copy(), np.full(len(tiles), np.nan)
 
     def work(until_s: float) -> None:
         for index, queue in enumerate(queues):
@@ -133,6 +133,7 @@ def slow_pool(spec: EncodeSpec, arrival_s: np.ndarray, tiles: np.ndarray) -> np.
                 del queue[: len(batch)]
                 ends[index], sizes[index] = start + spec.times_s[len(batch)], len(batch)
                 for request, count in Counter(batch).items():
+                    begun[request] = np.fmin(begun[request], start)
                     link[index] = max(link[index], ends[index]) + count * spec.tile_bytes / spec.bytes_per_s
                     ready[request] = max(ready[request], link[index] + spec.latency_s)
 
@@ -143,14 +144,16 @@ def slow_pool(spec: EncodeSpec, arrival_s: np.ndarray, tiles: np.ndarray) -> np.
             for index, share in spread(backlogs, int(count), spec.shards):
                 queues[index] += [(at, request)] * share
     work(inf)
-    return ready
+    return ready, begun
 
 
 @settings(max_examples=200)
 @given(specs, traffic)
 def test_the_same_as_a_pool_that_handles_every_tile(spec: EncodeSpec, requests: list[tuple[int, int]]) -> None:
     arrival_s, tiles = arranged(requests)
-    assert encode_stage(spec, arrival_s, tiles).ready_s == pytest.approx(slow_pool(spec, arrival_s, tiles), rel=1e-12)
+    found, (ready, begun) = encode_stage(spec, arrival_s, tiles), slow_pool(spec, arrival_s, tiles)
+    assert found.ready_s == pytest.approx(ready, rel=1e-12)
+    assert found.begun_s == pytest.approx(begun, rel=1e-12, nan_ok=True)
 
 
 @settings(max_examples=200)

@@ -202,6 +202,15 @@ def test_laws(own: bool, kind: str, seed: int, rate: float) -> None:
         assert use.workers == 2
 
 
+def test_what_never_fits_is_rejected_by_its_users_number() -> None:
+    """The first request's images and prompt fill more than the context; the second is served before it is encoded."""
+    requests = Requests([0.0, 0.01], [4090, 10], [8, 2])
+    deployment = Deployment([replica()], encode=EncodeSpec(linear(8), 1, 8))
+    frame = simulate(deployment, Workload(requests, images=Images(np.array([8, 0]), TOKENS))).requests
+    assert frame.rejected.tolist() == [True, False]
+    assert frame.finish_s.notna().tolist() == [False, True]
+
+
 def test_use_and_wait_of_the_workers() -> None:
     """Two requests of 8 tiles at once on one worker, 41 ms each; then one more, later; the last answer ends the run."""
     requests = Requests([0.0, 0.0, 1.0], [10, 10, 10], [1, 1, 1])
