@@ -74,8 +74,7 @@ def crossover(
     for low, high, before, after in zip(rates, rates[1:], ahead, ahead[1:], strict=False):
         if before != after:
             crossings.append((_narrowed(at, low, high, before), after))
-    by_plan = [tuple(known[key] for key in sorted(known) if key[0] == which) for which in (0, 1)]
-    return Crossover(by_plan[0], by_plan[1], tuple(crossings))
+    return Crossover(tuple(at(0, rate) for rate in rates), tuple(at(1, rate) for rate in rates), tuple(crossings))
 
 
 def _narrowed(at: Callable[[int, float], Strain], low: float, high: float, before: bool) -> float:

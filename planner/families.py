@@ -15,7 +15,7 @@ from planner.plan import Plan, Pool
 from planner.question import Question
 from planner.search import Family, Point, Progress, Ranked, Search, SearchResult, front, search
 from planner.sharedplans import shared_plans
-from planner.sizing import Offer, Sizings, aggregated_option, offer, sized
+from planner.sizing import Offer, Sizings, aggregated_option, degrees, offer, sized
 from planner.trial import attempt
 from simulator.limits import Limit
 
@@ -124,8 +124,8 @@ class _Comparison:
                 best = max((b for b in (best, mine) if b is not None), key=lambda r: r.score)
                 if ranked.capacity_per_s is not None and len(ranked.plan.pools) == 1:
                     pool = replace(ranked.plan.pools[0], hardware=None if name == question.hardware else name)
-                    key = f"aggregated {name} {len(options)}"
-                    each = ranked.capacity_per_s / pool.replicas
+                    key = f"aggregated {name} {degrees(pool)}, {pool.max_seqs} sequences and {pool.token_budget} tokens"
+                    each = _kept_rate(question, ranked) / pool.replicas
                     options[key] = pool, aggregated_option(key, pool, name, catalogue, each)
         if question.also and options:
             self._size("aggregated", Offer(options))

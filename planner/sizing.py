@@ -136,7 +136,7 @@ def offer(question: Question, catalogue: Catalogue, hardware: str | None) -> Off
             follow=FOLLOWED,
         )
         for (pool, spec), one in zip(kept, done, strict=True):
-            key = f"{pool.role} {name} {_degrees(pool)} {pool.weights}/{pool.kv}, {pool.token_budget} tokens a step"
+            key = f"{pool.role} {name} {degrees(pool)} {pool.weights}/{pool.kv}, {pool.token_budget} tokens a step"
             made = option(
                 key,
                 pool.role,
@@ -152,7 +152,7 @@ def offer(question: Question, catalogue: Catalogue, hardware: str | None) -> Off
     return Offer(found, len(pools))
 
 
-def _degrees(pool: Pool) -> str:
+def degrees(pool: Pool) -> str:
     """What tells ways of cutting apart."""
     names = ("tp", "pp", "attention_dp", "ep", "expert_tp")
     return " ".join(f"{name}={getattr(pool, name)}" for name in names if name == "tp" or getattr(pool, name) > 1)

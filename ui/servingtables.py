@@ -9,6 +9,7 @@ from rich.console import Console
 from ui.words import in_short, number, percent, seconds
 
 if TYPE_CHECKING:
+    from planner.crossover import Strain
     from planner.search import SearchResult
 
 
@@ -40,13 +41,16 @@ def show_serving(out: Console, result: SearchResult) -> None:
         return
     names = [family.name for family in result.families if family.best is not None][:2]
     table = [
-        [number(a.rate_per_s), percent(a.worst), str(a.limit), seconds(a.mean_e2e_s),
-         percent(b.worst), str(b.limit), seconds(b.mean_e2e_s)]
-        for a, b in zip(found.first, found.second, strict=False)
-    ]  # fmt: skip
-    columns = ["offered/s", *(f"{name}: {what}" for name in names for what in ("of a limit", "which", "e2e"))]
-    show_table(out, "The best two over request rates, by the limit they come nearest to", columns, table, words=0)
+        [number(a.rate_per_s), _strain(a), seconds(a.mean_e2e_s), _strain(b), seconds(b.mean_e2e_s)]
+        for a, b in zip(found.first, found.second, strict=True)
+    ]
+    columns = ["offered/s", *(f"{name}: {what}" for name in names for what in ("nearest limit", "mean e2e"))]
+    show_table(out, "The best two over request rates, and how much of a limit they take", columns, table, words=0)
     say(out, crossing(result), "bold")
+
+
+def _strain(strain: Strain) -> str:
+    return f"{percent(strain.worst)} of {strain.limit.metric} {strain.limit.statistic}"
 
 
 def reasons(result: SearchResult) -> list[str]:
@@ -77,7 +81,7 @@ def crossing(result: SearchResult) -> str:
     if found is None or len(names) < 2:
         return "Only one way of serving keeps the limits."
     first, second = names
-    ahead = [b.worst < a.worst for a, b in zip(found.first, found.second, strict=False)]
+    ahead = [b.worst < a.worst for a, b in zip(found.first, found.second, strict=True)]
     if not found.crossings:
         nearer = second if ahead[0] else first
         rates = f"{number(found.first[0].rate_per_s)} to {number(found.first[-1].rate_per_s)} requests/s"
