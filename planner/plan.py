@@ -97,6 +97,8 @@ class Plan:
     gpus       devices of the cluster (the pools may use fewer; the rest idle)
     engine     name of an engine profile
     also       other devices at hand, by profile name, for pools that name their hardware
+    role_switch_s   prefill and decode replicas change roles with the queues before them, and need so long for it once
+               they have finished what they have; None: they never do
     transfer   how KV goes from prefill to decode pools: layer by layer while prompts are computed, or afterwards
     encoder    name of a vision encoder or path of its profile, for requests with images; without a pool that encodes,
                the replicas that prefill hold it and encode before they prefill
@@ -111,6 +113,7 @@ class Plan:
     router: Routing = "round-robin"
     also: dict[str, int] = field(default_factory=dict)
     transfer: Mode = "layer-wise"
+    role_switch_s: float | None = None
     encoder: str | None = None
     ssd_gb_per_s: float | None = None
     version: int = 2

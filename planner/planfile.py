@@ -83,6 +83,8 @@ def _problems(plan: Plan) -> Iterator[str]:
     for index, pool in enumerate(plan.pools):
         for problem in _pool_problems(pool):
             yield f"pools[{index}].{problem}"
+    if plan.role_switch_s is not None and not (isfinite(plan.role_switch_s) and plan.role_switch_s >= 0):
+        yield f"role_switch_s is {plan.role_switch_s}, expected a finite time of at least 0"
     for name, gpus in plan.also.items():
         if gpus < 1 or name == plan.hardware:
             yield f"also[{name!r}] is {gpus}, expected at least 1 device of another profile than hardware"

@@ -103,6 +103,8 @@ class Scheduler:
         "kv_blocks",
         "landed",
         "limited",
+        "loaded",
+        "loading",
         "longest_tokens",
         "outputs",
         "peak_blocks",
@@ -128,6 +130,8 @@ class Scheduler:
         self.expected = 0  # sequences whose KV is to come from another replica
         self.landed: list[int] = []  # those whose KV has come and that join the decodes in the next step
         self.joined: list[int] = []  # those that joined in the last call of form()
+        self.loading: dict[int, int] = {}  # admitted sequences whose KV is being loaded: tokens that they will have
+        self.loaded: dict[int, int] = {}  # those that have it and are first in the queue
         self.unfinished = 0
         self.reserved = 0  # blocks its admitted sequences will hold when they end: nothing is scarce while they fit
         self.steps = 0
@@ -203,7 +207,7 @@ class Scheduler:
         Beside the prompt, GROWTH_TOKENS stay free for every sequence that is here or under way.
         """
         block = self._block
-        others = self.running + self.expected
+        others = self.running + self.expected + len(self.chunks)
         if others >= self.config.max_seqs:
             self.limited.add("seqs")
             return False
@@ -239,6 +243,9 @@ class Scheduler:
             self.unexpect(request)
             self.waiting.append(request)
         self.waiting.extend(request for request, _, _ in self.chunks if request != self._partial)
+        self.waiting.extend(self.loading)
+        self.loading.clear()
+        self.loaded.clear()
         self.landed = []
         while self._partial >= 0 or self._finish_at:
             self._preempt_last()
@@ -277,6 +284,8 @@ class Scheduler:
         self.settled = True
         if self.landed or self.joined:
             self._join_landed()
+        if self.loaded:
+            self._loaded_first()
         if self.waiting or self._partial >= 0 or self._padded:
             self._admit(self)
         else:
@@ -408,6 +417,19 @@ class Scheduler:
             self._apart -= -(-prompt // block)
         self.peak_seqs = max(self.peak_seqs, self.running)
 
+    def load_ended(self, request: int) -> None:
+        """The KV that an admitted sequence waited for is there: what is left of its prompt can be computed."""
+        tokens = self.loaded[request] = self.loading.pop(request)
+        assert self.cache is not None
+        self._own(self.cache.complete(request, tokens))
+        self.waiting.appendleft(request)
+
+    def _loaded_first(self) -> None:
+        """Sequences that hold their blocks already go before those that need some."""
+        waiting, loaded = self.waiting, self.loaded
+        if any(request != waiting[place] for place, request in enumerate(loaded)):
+            self.waiting = deque([*loaded, *(request for request in waiting if request not in loaded)])
+
     def _own(self, fewer: int) -> None:
         """Count `fewer` KV blocks less: so many more are shared, of which every sequence counts its own."""
         self._apart -= fewer
@@ -455,14 +477,20 @@ class Scheduler:
         """How many of `target` tokens are cached; at least the last one has to be computed."""
         if self.cache is None:
             return 0
+        if request in self.loaded:
+            return self.loaded[request]
         self.cache.make_room(self.free)
         return self.cache.find(request, target - 1)
 
     def _admit_head(self, request: int, target: int) -> bool:
         """Take the head of the queue with a context of `target` tokens from it, if there are blocks for them.
 
-        Sets `_before`, the tokens of it that are cached.
+        Sets `_before`, the tokens of it that are cached; -1 where it has to wait until more are loaded.
         """
+        if self.loaded and request in self.loaded:
+            self._before = self.loaded.pop(request)
+            self.waiting.popleft()
+            return True
         block, cache = self._block, self.cache
         blocks = -(-target // block)
         last = -(-(self.prompts[request] + self.outputs[request] - 1) // block)
@@ -483,6 +511,11 @@ class Scheduler:
         self.waiting.popleft()
         if cache is not None:
             cache.take(request)
+            if cache.below is not None:
+                tokens = cache.load(request, target)
+                if tokens:
+                    self.loading[request] = tokens
+                    self._before = -1
             cache.make_room(self.free)
         return True
 
@@ -506,7 +539,7 @@ def _chunked(s: Scheduler) -> None:
         partial = -1
     if shortage or partial >= 0 or not s.waiting:
         return
-    room = s.config.max_seqs - s.running - len(s.chunks)
+    room = s.config.max_seqs - s.running - s.expected - len(s.chunks)
     while s.waiting:
         if left <= 0 or room <= 0:
             s.limited.add("tokens" if left <= 0 else "seqs")
@@ -516,6 +549,8 @@ def _chunked(s: Scheduler) -> None:
         if not s._admit_head(head, target):
             return
         before = s._before
+        if before < 0:
+            continue
         new = target - before
         if new > left:
             s.limited.add("tokens")
@@ -528,7 +563,7 @@ def _chunked(s: Scheduler) -> None:
 
 def _whole_prompts(s: Scheduler, left: int) -> None:
     """Admit whole prompts, first come first served, while tokens, sequences and blocks last."""
-    room = s.config.max_seqs - s.running
+    room = s.config.max_seqs - s.running - s.expected
     while s.waiting:
         head = s.waiting[0]
         target = s.prompts[head] + (s.generated.get(head, 0) if s.generated else 0)
@@ -538,6 +573,8 @@ def _whole_prompts(s: Scheduler, left: int) -> None:
         if not s._admit_head(head, target):
             return
         before = s._before
+        if before < 0:
+            continue
         s.chunks.append((head, target - before, before))
         s.items.append((target - before, before))
         left -= target - before

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -136,6 +136,14 @@ Cost = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 List = typer.Option(metavar="LIST", show_default=False)
+PrefixCaching = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep KV for prompts that begin alike, and forget the rest in this order: lru, lfu, fifo or length-aware; "
+        "or off. Of effect on traffic with block hashes.",
+        metavar="NAME",
+    ),
+]
 
 
 @app.command("plan")
@@ -186,7 +194,10 @@ def plan_command(
         str, typer.Option(help="goodput-per-gpu, fewest-gpus, cost, energy or latency.")
     ] = "goodput-per-gpu",
     engine: Annotated[str, typer.Option(help="Engine profile whose overheads are counted.")] = "vllm",
-    router: Annotated[str, typer.Option(help="round-robin, random, least-tokens or power-of-two.")] = "round-robin",
+    router: Annotated[
+        str, typer.Option(help="round-robin, random, least-tokens, power-of-two or prefix-aware.")
+    ] = "round-robin",
+    prefix_caching: PrefixCaching = None,
     weights: Annotated[
         str | None, typer.Option(help="Formats of the weights, such as bf16,fp8.", metavar="LIST")
     ] = None,
@@ -222,7 +233,7 @@ def plan_command(
     from simulator.metrics import summarize
     from simulator.save import save_result
     from simulator.simulate import simulate
-    from ui import jsonout, questions, rendering, saving
+    from ui import jsonout, prefixes, questions, rendering, saving
     from ui.timelinefigure import run_figure
     from ui.waiting import bar
 
@@ -253,6 +264,7 @@ def plan_command(
             policy=policy,
             token_budget=token_budget,
             max_seqs=max_seqs,
+            prefix_caching=None if prefix_caching is None else prefixes.known_caching(prefix_caching),
         ),
         router=router,  # type: ignore[arg-type]
         seed=seed,
@@ -277,6 +289,7 @@ def plan_command(
         run = simulate(catalogue.deployment(best.plan, with_work=True), arrivals, seed, progress=waiting.count)
         metrics = summarize(run, question.limits)
         content = jsonout.plan_object(result, traffic.name, metrics, run.totals)
+        content |= {"caching": prefixes.as_object(run.caching)}
         if save is not None:
             waiting.at("writing the results", None)
             texts = saving.plan_text(best.plan), saving.ranking_text(result), jsonout.dumps(content) + "\n"
@@ -287,6 +300,8 @@ def plan_command(
         return
     out = rendering.console()
     rendering.show_plan(out, result, traffic.name, metrics, run.totals)
+    if run.caching is not None:
+        rendering.say(out, prefixes.in_words(run.caching))
     if save is not None:
         rendering.say(out, f"Saved to {save}: plan.yaml, plans.csv, result.json, timeline.svg and the best plan's run.")
 
@@ -301,6 +316,10 @@ def simulate_command(
     rate: Annotated[
         float | None, typer.Option(callback=_above_zero, help="Requests per second [default: the traffic's own].")
     ] = None,
+    fail: Annotated[
+        list[str] | None,
+        typer.Option(help="A replica that fails, by its number, and when: 2@60 (seconds); may be repeated."),
+    ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests in flight in a closed loop, instead of arrival times.")
     ] = None,
@@ -312,6 +331,23 @@ def simulate_command(
     ] = None,
     image_size: Annotated[
         str | None, typer.Option(help="Their size in pixels, such as 1280x720.", metavar="WxH")
+    ] = None,
+    prefix_caching: PrefixCaching = None,
+    router: Annotated[
+        str | None,
+        typer.Option(help="round-robin, random, least-tokens, power-of-two or prefix-aware [default: the plan's]."),
+    ] = None,
+    host_kv_gb: Annotated[
+        float | None,
+        typer.Option(callback=_not_negative, help="KV of a replica that host memory keeps, in GB.", metavar="GB"),
+    ] = None,
+    ssd_kv_gb: Annotated[
+        float | None,
+        typer.Option(callback=_not_negative, help="KV of a replica that disks keep, in GB.", metavar="GB"),
+    ] = None,
+    ssd_gb_per_s: Annotated[
+        float | None,
+        typer.Option(callback=_above_zero, help="What the disks of a node read, and write, in GB/s.", metavar="RATE"),
     ] = None,
     ttft: Ttft = None,
     tpot: Tpot = None,
@@ -335,7 +371,7 @@ def simulate_command(
     from simulator.save import save_result
     from simulator.simulate import simulate
     from simulator.workload import Workload as Load
-    from ui import jsonout, questions, rendering, saving, words
+    from ui import jsonout, poolwords, prefixes, questions, rendering, saving, words
     from ui.pictures import pictures
     from ui.timelinefigure import run_figure
     from ui.waiting import bar
@@ -346,8 +382,9 @@ def simulate_command(
     traffic = questions.Traffic(trace, workload, requests, drop_empty)
     limits = questions.limits({"ttft": ttft, "tpot": tpot, "itl": itl, "e2e": e2e}, {})
     chosen, catalogue = questions.opened(plan, cost)
+    chosen = prefixes.changed(chosen, prefix_caching, router, host_kv_gb, ssd_kv_gb, ssd_gb_per_s)
     seen = pictures(chosen, images_per_request, image_size)
-    if replications > 1 and trace is not None and chosen.router in ("round-robin", "least-tokens"):
+    if replications > 1 and trace is not None and chosen.router in ("round-robin", "least-tokens", "prefix-aware"):
         raise questions.OptionError(
             f"--replications {replications} with --trace {trace} under router {chosen.router}: nothing is drawn, so "
             "all runs would be the same; expected --workload or a random router"
@@ -359,6 +396,8 @@ def simulate_command(
     with bar() as waiting:
         waiting.at("compiling step models", None)
         deployment = catalogue.deployment(chosen, with_work=True, image=seen.cut if seen else None)
+        if fail:
+            deployment = replace(deployment, removals=poolwords.removals(fail))
 
         def run(run_seed: int) -> Result:
             found = recorded or traffic.requests(run_seed, rate)
@@ -380,8 +419,11 @@ def simulate_command(
         evidence = catalogue.plan_evidence(chosen)
         totals = first[0].totals
         content = jsonout.simulation_object(chosen, metrics, totals, kept, intervals, evidence, wall_s)
-        use, note = first[0].encode, encoder_note(chosen, catalogue.model)
-        content |= {"encode": None if use is None else asdict(use), "notes": [note] if note else []}
+        use, saved = first[0].encode, first[0].caching
+        odd = encoder_note(chosen, catalogue.model), prefixes.note_on(chosen, hashed=saved is not None)
+        notes = [note for note in odd if note]
+        content |= {"encode": None if use is None else asdict(use), "caching": prefixes.as_object(saved)}
+        content |= {"notes": notes, "handed_over": poolwords.handed_over(first[0])}
         if save is not None:
             waiting.at("writing the results", None)
             texts = {"result.json": jsonout.dumps(content) + "\n", "timeline.svg": run_figure(first[0], chosen)}
@@ -389,7 +431,7 @@ def simulate_command(
     if as_json:
         print(jsonout.dumps(content))
         return
-    if note:
+    for note in notes:
         print(f"note: {words.printable(note)}", file=sys.stderr)
     how = (
         f"{concurrency} in flight" if concurrency is not None else "at its own rate" if rate is None else f"{rate:g}/s"
@@ -399,6 +441,10 @@ def simulate_command(
     rendering.show_simulation(out, chosen, what, metrics, totals, kept, intervals)
     if use is not None:
         rendering.say(out, f"  {words.encoding(use)}")
+    if saved is not None:
+        rendering.say(out, f"  {prefixes.in_words(saved)}")
+    for sentence in poolwords.sentences(first[0]):
+        rendering.say(out, f"  {sentence}")
     rendering.say(out, f"Step times rest on: {words.shares(evidence)}.")
     if save is not None:
         more = ", transfers.csv" * bool(len(first[0].transfers)) + ", links.csv" * bool(len(first[0].links))
@@ -424,7 +470,9 @@ def export_command(
     chosen, catalogue = questions.opened(plan)
     for pool in chosen.serving:
         catalogue.of(pool).require_fit(pool)
-    exported = export(chosen, engine or chosen.engine, catalogue.cluster.gpus_per_node)
+    nodes = {name: one.cluster.gpus_per_node for name, one in catalogue.others.items()}
+    nodes[chosen.hardware] = catalogue.cluster.gpus_per_node
+    exported = export(chosen, engine or chosen.engine, nodes)
     if save is not None:
         saving.write_launch_files(save, exported.files)
     if as_json:

@@ -20,6 +20,7 @@ from ui.words import (
     in_words,
     kept,
     number,
+    part,
     percent,
     printable,
     replicas,
@@ -247,7 +248,8 @@ def show_explanation(out: Console, plan: Plan, pools: Sequence[Explanation]) -> 
             "device": memory.device_bytes,
         }
         rows = [[name, f"{size / GIB:.2f}", percent(size / memory.device_bytes)] for name, size in parts.items()]
-        show_table(out, f"{replicas(found.pool)}: memory of the fullest device", ["", "GiB", "share"], rows)
+        what = f"{part(found.pool)}{replicas(found.pool)}: memory of the fullest device"
+        show_table(out, what, ["", "GiB", "share"], rows)
         say(
             out,
             f"  {memory.kv_tokens:,} KV tokens ({memory.kv_blocks:,} blocks) for each scheduler, "

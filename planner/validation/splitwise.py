@@ -211,11 +211,13 @@ def study(
 
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:
-    """The abstract's two figures, AA over H100 at equal cost, then the best split over the best baseline."""
+    """The abstract's two figures, AA at equal cost and with other counts, and the best split over the best baseline."""
     found = [
         _ratio(rows, "power", "Splitwise-AA", "Baseline-A100", 2.35),
         _ratio(rows, "power", "Splitwise-AA", "Baseline-H100", 1.4),
         _ratio(rows, "cost", "Splitwise-AA", "Baseline-H100", None),
+        _ratio(rows, "power", "Splitwise-AA", "Baseline-A100", None, "sized"),
+        _ratio(rows, "power", "Splitwise-AA", "Baseline-H100", None, "sized"),
     ]
     for traffic in dict.fromkeys(row.traffic for row in rows):
         for money in BUDGETS:
@@ -231,16 +233,18 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
     return [ratio for ratio in found if ratio.ours]
 
 
-def _ratio(rows: Sequence[Row], money: Money, split: str, baseline: str, published: float | None) -> Ratio:
-    """Of two clusters with the counts that were published, under the conversation traffic."""
-    mine = [row for row in rows if (row.traffic, row.money) == (CONVERSATION, money) and row.sized != "sized"]
-    of = {(row.lookup, row.design): row for row in mine}
+def _ratio(
+    rows: Sequence[Row], money: Money, split: str, baseline: str, published: float | None, sized: str = "published"
+) -> Ratio:
+    """Of a split with the published counts, or those the program chose, and a baseline, under conversation traffic."""
+    of = {(row.lookup, row.design, row.sized): row for row in rows if (row.traffic, row.money) == (CONVERSATION, money)}
     what, ours = "", {}
     for lookup in LOOKUPS:
-        one, other = of.get((lookup, split)), of.get((lookup, baseline))
+        one, other = of.get((lookup, split, sized)), of.get((lookup, baseline, "budget"))
         if one and other and other.rate_per_s:
             cost, power = one.usd_per_h / other.usd_per_h, one.kw / other.kw
-            what = f"{split} over {baseline}, conversation, cost x{cost:.2f}, power x{power:.2f}"
+            name = f"{split}, sized," if sized == "sized" else split
+            what = f"{name} over {baseline}, {CONVERSATION}, cost x{cost:.2f}, power x{power:.2f}"
             ours[lookup] = one.rate_per_s / other.rate_per_s
     return Ratio(what, published, ours)
 

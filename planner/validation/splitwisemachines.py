@@ -91,12 +91,6 @@ class WholePrompts(Scheduler):
             self.pending_tokens += self.prompts[request]
         return accepted
 
-    def expect(self, request: int) -> bool:
-        """Set blocks aside for KV that is to come; False while prompts that are being computed need the places."""
-        if self.running + self.expected + len(self.chunks) >= self.config.max_seqs:
-            return False
-        return super().expect(request)
-
     def advance(self, steps: int) -> list[int]:
         """Take the formed step or steps; the requests that finished."""
         again = self.generated

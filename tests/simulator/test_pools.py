@@ -267,3 +267,15 @@ def test_replicas_change_roles_with_the_queues_and_serve_everybody(seed: int, sw
     assert np.isfinite(moved.requests.finish_s).all()
     assert moved.totals.role_switches > 0 == fixed.totals.role_switches
     assert moved.requests.ttft_s.mean() < fixed.requests.ttft_s.mean()
+
+
+def test_no_step_runs_more_sequences_than_a_scheduler_may() -> None:
+    """A mixed replica gets prompts of its own and KV from others at the same time."""
+    requests = traffic(2, 400, 3.0, longest=160, outputs=60)
+    pools = [spec("prefill"), spec("mixed", max_seqs=6), spec("decode", max_seqs=4)]
+    result = simulate(Deployment(pools, handover=handover(), overflow_tokens=200), requests)
+    assert result.steps is not None
+    together = result.steps.decode_sequences + result.steps.prefill_sequences
+    assert together[result.steps.replica == 1].max() == 6
+    assert together[result.steps.replica == 2].max() <= 4
+    assert np.isfinite(result.requests.finish_s).all()
