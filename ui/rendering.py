@@ -158,12 +158,15 @@ def _searched(result: SearchResult) -> str:
 
 def _proof(result: SearchResult) -> str:
     tolerance = percent(result.question.tolerance)
+    kind = "aggregated plan" if result.families else "plan"
+    if result.families and all(family.name != "aggregated" for family in result.families):
+        return "Not proved: the best sizings of the program, or rules tried, over the quickest replicas of each size."
     if not result.untried:
-        return f"Proved: no other plan considered can be better by more than the tolerance, {tolerance}."
+        return f"Proved: no other {kind} considered can be better by more than the tolerance, {tolerance}."
     if not isfinite(result.gap):
         return "No bound on the plans that were not tried; give more --seconds."
     return (
-        f"No plan can be better by more than {percent(result.gap)} "
+        f"No {kind} can be better by more than {percent(result.gap)} "
         f"(the bound of {result.untried:,} there was no time for; more --seconds narrow it)."
     )
 

@@ -65,7 +65,8 @@ def reasons(result: SearchResult) -> list[str]:
             text += f", held down by {family.strained_by}"
         if family.predicted_per_s is not None and result.question.objective == "goodput-per-gpu":
             off = family.predicted_per_s / rate_per_s - 1 if rate_per_s else 0.0
-            text += f"; predicted {number(family.predicted_per_s)}/s with a gap of {percent(family.gap)}"
+            gap = percent(round(family.gap or 0.0, 6))
+            text += f"; predicted {number(family.predicted_per_s)}/s with a gap of {gap}"
             if family.held_by:
                 text += f", held down by {' and '.join(family.held_by)}"
             if abs(off) > 0.1:
