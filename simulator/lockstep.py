@@ -107,6 +107,11 @@ class LockstepReplica:
         self.schedulers[lane].land(request)
         self.disturb(lane, at_s)
 
+    def load_ended(self, request: int, lane: int, at_s: float) -> None:
+        """The KV that an admitted request waited for has been loaded."""
+        self.schedulers[lane].load_ended(request)
+        self.disturb(lane, at_s)
+
     def disturb(self, lane: int, at_s: float) -> None:
         """Something may change in the lane's next step."""
         self._changed.add(lane)

@@ -35,7 +35,7 @@ class Log:
     role_switches    replicas that have changed roles
     cached_tokens    by request, prompt tokens that it found cached when first admitted, where there were any
     loaded_tokens    by request, those of them that had to be loaded from the tiers below
-    asked_tokens     prompt tokens of the requests that were looked up in a cache
+    looked_up        requests that were looked up in a cache; None where there is none
     loads_s, stored_bytes, loaded_bytes, tier_bytes   time of every load from the tiers, bytes that left the devices for
                      them and came back, and bytes over each of their links
     encoding   who encodes the images of requests; None where these have none
@@ -49,7 +49,6 @@ class Log:
         "_resumed_s",
         "_spanned",
         "arrival_s",
-        "asked_tokens",
         "cached_tokens",
         "carried_bytes",
         "encoding",
@@ -62,6 +61,7 @@ class Log:
         "loaded_bytes",
         "loaded_tokens",
         "loads_s",
+        "looked_up",
         "lost_kv_blocks",
         "peak_blocks",
         "peak_seqs",
@@ -99,7 +99,7 @@ class Log:
         self.role_switches = 0
         self.cached_tokens: dict[int, int] = {}
         self.loaded_tokens: dict[int, int] = {}
-        self.asked_tokens: int | None = None
+        self.looked_up: set[int] | None = None
         self.loads_s = array("d")
         self.stored_bytes = self.loaded_bytes = 0.0
         self.tier_bytes: NDArray[np.float64] = np.empty(0)
@@ -119,7 +119,7 @@ class Log:
             self.peak_blocks = max(self.peak_blocks, scheduler.peak_blocks)
             cache = scheduler.cache
             if cache is not None:
-                self.asked_tokens = (self.asked_tokens or 0) + cache.asked_tokens
+                self.looked_up = cache.admitted | (self.looked_up or set())
                 self.cached_tokens = cache.cached_tokens | self.cached_tokens
                 self.loaded_tokens = cache.loaded_tokens | self.loaded_tokens
 
@@ -136,6 +136,8 @@ class Log:
         now = order.tolist()
         for name in ("preemptions", "cached_tokens", "loaded_tokens", "_resumed_s", "_spanned", "_joined_s"):
             setattr(self, name, {now[request]: value for request, value in getattr(self, name).items()})
+        if self.looked_up is not None:
+            self.looked_up = {now[request] for request in self.looked_up}
         self.rejected = [now[request] for request in self.rejected]
         self.requeued = [now[request] for request in self.requeued]
         self.spans = [(now[request], *rest) for request, *rest in self.spans]
@@ -161,6 +163,7 @@ class Log:
         """Note when sequences whose prompt was computed elsewhere join the decodes."""
         for request in scheduler.joined:
             self._joined_s[request] = at_s
+        scheduler.joined = []
 
     def first_shown(self, request: int, at_s: float) -> None:
         """The token that followed the last prefill is only given to the user now."""

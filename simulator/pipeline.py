@@ -98,6 +98,13 @@ class PipelineReplica:
         self.schedulers[lane].land(request)
         self.disturb(lane, at_s)
 
+    def load_ended(self, request: int, lane: int, at_s: float) -> None:
+        """The KV that an admitted request waited for has been loaded."""
+        if not self.schedulers[lane].has_work:
+            self._ready[lane] = max(self._ready[lane], at_s)
+        self.schedulers[lane].load_ended(request)
+        self.disturb(lane, at_s)
+
     def disturb(self, lane: int, at_s: float) -> None:
         """Something may change in the lane's next step."""
         if self._left[lane]:
@@ -145,7 +152,8 @@ class PipelineReplica:
             return self._run_on(lane, now)
         log.events += 1
         if not scheduler.form():
-            self._ready[lane] = inf  # nothing to do until blocks come back that another replica's KV holds
+            # Nothing to do until blocks come back that another replica's KV holds, or what is being loaded is there.
+            self._ready[lane] = inf if scheduler.waiting else now
             return ()
         if scheduler.preempted:
             log.preempted(scheduler, self.index, lane)

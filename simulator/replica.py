@@ -102,7 +102,7 @@ class Replica:
             return
         if self.end == inf:
             self.now = max(self.now, at_s)
-        elif may_join:
+        elif may_join and self._steps > 1:
             self._shorten(at_s)
 
     def expect(self, request: int) -> int | None:
@@ -114,6 +114,11 @@ class Replica:
         self.log.replica[request] = self.index
         self.log.lane[request] = lane
         self.scheduler.land(request)
+        self.disturb(lane, at_s)
+
+    def load_ended(self, request: int, lane: int, at_s: float) -> None:
+        """The KV that an admitted request waited for has been loaded."""
+        self.schedulers[lane].load_ended(request)
         self.disturb(lane, at_s)
 
     def disturb(self, lane: int, at_s: float) -> None:
@@ -191,14 +196,15 @@ class Replica:
         else:
             running = context = 0
         if scheduler.chunks:
-            self.log.scheduled(scheduler, start)
+            log = self.log
+            log.scheduled(scheduler, start)
             self._steps = 1
             self._slope = 0.0
             duration = self.model.step_s(running, context, scheduler.items)
             if self.before_prompts_s is not None:
                 duration += self.before_prompts_s(scheduler.chunks)
-            if self.log.watch is not None:
-                self.log.watch(self.index, 0, scheduler.chunks, start, start + duration)
+            if log.watch is not None:
+                log.watch(self.index, 0, scheduler.chunks, start, start + duration)
         else:
             first, slope, limit = self.model.decode_run(running, context)
             steps = scheduler.settled_steps() if scheduler.settled else 1

@@ -129,7 +129,7 @@ class Scheduler:
         self.waiting: deque[int] = deque()
         self.expected = 0  # sequences whose KV is to come from another replica
         self.landed: list[int] = []  # those whose KV has come and that join the decodes in the next step
-        self.joined: list[int] = []  # those that joined in the last call of form()
+        self.joined: list[int] = []  # those that have joined and that the log has not been told of
         self.loading: dict[int, int] = {}  # admitted sequences whose KV is being loaded: tokens that they will have
         self.loaded: dict[int, int] = {}  # those that have it and are first in the queue
         self.unfinished = 0
@@ -169,7 +169,7 @@ class Scheduler:
 
     def offer(self, request: int) -> bool:
         """Put a request at the end of the queue; False if it could never run here."""
-        if not self.fits(request):
+        if self.prompts[request] + self.outputs[request] > self.longest_tokens:
             return False
         self.waiting.append(request)
         self.unfinished += 1
@@ -282,11 +282,11 @@ class Scheduler:
         if self.preempted:
             self.preempted = []
         self.settled = True
-        if self.landed or self.joined:
+        if self.landed:
             self._join_landed()
-        if self.loaded:
-            self._loaded_first()
         if self.waiting or self._partial >= 0 or self._padded:
+            if self.loaded:
+                self._loaded_first()
             self._admit(self)
         else:
             self._grow_decodes()
@@ -487,14 +487,14 @@ class Scheduler:
 
         Sets `_before`, the tokens of it that are cached; -1 where it has to wait until more are loaded.
         """
-        if self.loaded and request in self.loaded:
-            self._before = self.loaded.pop(request)
-            self.waiting.popleft()
-            return True
         block, cache = self._block, self.cache
         blocks = -(-target // block)
         last = -(-(self.prompts[request] + self.outputs[request] - 1) // block)
         if cache is not None:
+            if request in self.loaded:
+                self._before = self.loaded.pop(request)
+                self.waiting.popleft()
+                return True
             self._before = self._find(request, target)
             blocks -= cache.shared
             last -= cache.shared

@@ -63,6 +63,8 @@ class SharedScheduler(Scheduler):
 
         One prompt at a time is computed in parts. It goes first unless shorter ones go before it.
         """
+        if self.loaded:
+            self._loaded_first()
         left, room = self.config.token_budget, self.config.max_seqs - self.running
         chunks: list[Chunk] = []
         partial = self._partial
@@ -111,12 +113,20 @@ class SharedScheduler(Scheduler):
                 return
             if not self._admit_head(head, target):
                 return
+            if self._before < 0:
+                continue
             rest = target - self._before
             if rest > left:
                 self.limited.add("tokens")
             chunks.append((head, min(rest, left), self._before))
             left -= rest
             room -= 1
+
+    def load_ended(self, request: int) -> None:
+        """As for any scheduler; it goes before all that wait."""
+        super().load_ended(request)
+        if self.ageing is not None:
+            self._rank[request] = -inf
 
     def land_prefill(self, ahead: bool) -> list[int]:
         """Take the prefill step; the requests that finished with it.
@@ -208,6 +218,19 @@ class SharedReplica:
             if not self._blocked and at_s < self.end:
                 self.end = max(at_s, self.now)
 
+    def load_ended(self, request: int, lane: int, at_s: float) -> None:
+        """The KV that an admitted request waited for has been loaded."""
+        self.schedulers[lane].load_ended(request)
+        self.disturb(lane, at_s)
+
+    def disturb(self, lane: int, at_s: float) -> None:
+        """A prompt that was waited for can be computed: a prefill step begins unless one is under way."""
+        self._blocked = False
+        if self.end == inf:
+            self.now = max(self.now, at_s)
+        elif self._p_end == inf and at_s < self.end:
+            self.end = max(at_s, self.now)
+
     def coast(self, until_s: float) -> None:
         """Take the changes of either stream that come before `until_s`, some of them."""
         for _ in range(STRIDE):
@@ -226,7 +249,7 @@ class SharedReplica:
             if self._d_end < inf and not begun:
                 self._cut(now)
             prefills = scheduler.form_prefill()
-            self._blocked = not prefills
+            self._blocked = not prefills and bool(scheduler.waiting)
             if begun > 1 and scheduler.reserved > scheduler.kv_blocks:
                 begun = self._d_steps = scheduler.settled_steps()  # the prompts have taken blocks
         if prefills or begun:
@@ -403,7 +426,6 @@ class SharedReplica:
         if self._joining:
             scheduler.joined = self._joining
             log.joined(scheduler, now)
-            scheduler.joined = []
             self._joining = []
         controller = self._controller
         if controller is not None:
