@@ -23,6 +23,7 @@ from planner.errors import PlanError
 from planner.links import handover_of
 from planner.plan import Plan, Pool
 from planner.sharing import shared_spec
+from planner.tiers import tiering_of
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.routers import ROUTERS
 from simulator.scheduler import SchedulerConfig
@@ -278,7 +279,17 @@ class Catalogue:
         if vision is not None and encode_pool is not None:
             prices = self.of(encode_pool).prices(Mapping())
             encode = vision.workers(plan, encode_pool, clusters, prices, self.engine, with_work=with_work)
-        return Deployment(specs, ROUTERS[plan.router], self.engine.request_overhead_s, handover, encode=encode)
+        tiers = tiering_of(plan, specs, self.model, clusters)
+        frontend_s = self.engine.request_overhead_s
+        return Deployment(
+            specs,
+            ROUTERS[plan.router],
+            frontend_s,
+            handover,
+            switch_s=plan.role_switch_s,
+            encode=encode,
+            tiers=tiers,
+        )
 
 
 def format_problem(cluster: Cluster, precision: Precision) -> str | None:

@@ -94,6 +94,8 @@ def phase_pools(question: Question, catalogue: Catalogue, hardware: str | None) 
     )
     for role, tokens, most in roles:
         choices = replace(allowed, policies=("chunked",), token_budgets=tokens, max_seqs=(most,))
+        if role == "decode":  # no prompt is looked up there
+            choices = replace(choices, prefix_caching="off")
         for pool, _ in enumerate_pools(catalogue, choices, longest).pools:
             if pool.gpus_per_replica < sum(question.devices.values()):  # the other role needs room
                 yield replace(pool, role=role, hardware=hardware)

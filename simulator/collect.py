@@ -94,10 +94,10 @@ def collect(deployment: Deployment, workload: Workload | Requests, log: Log, see
     handover = deployment.handover
     links = link_frame(handover.names, handover.bytes_per_s, log.carried_bytes) if handover else link_frame([], [], [])
     caching = None
-    if log.asked_tokens is not None:
+    if log.looked_up is not None:
         loaded, tiers = sum(log.loaded_tokens.values()), deployment.tiers
         caching = CacheUse(
-            prompt_tokens=log.asked_tokens,
+            prompt_tokens=int(requests.prompt_tokens[sorted(log.looked_up)].sum()),
             found_tokens=sum(log.cached_tokens.values()) - loaded,
             loaded_tokens=loaded,
             loads=len(log.loads_s),

@@ -219,17 +219,21 @@ class TieredStore:
 
     def lookup(self, blocks: Sequence[int]) -> list[Run]:
         """Where the longest available run from the first block on lies; changes nothing."""
-        runs: list[Run] = []
-        for index, block in enumerate(blocks):
+        starts: list[tuple[int, int]] = []  # level and first block of every run
+        found, last = 0, -1
+        for block in blocks:
             level = self._level(block)
             if level is None:
                 break
-            name = self.tiers[level].name
-            if runs and runs[-1].tier == name:
-                runs[-1] = Run(name, runs[-1].start, runs[-1].blocks + 1)
-            else:
-                runs.append(Run(name, index, 1))
-        return runs
+            if level != last:
+                starts.append((level, found))
+                last = level
+            found += 1
+        ends = [*(start for _, start in starts[1:]), found]
+        return [
+            Run(self.tiers[level].name, start, end - start)
+            for (level, start), end in zip(starts, ends[: len(starts)], strict=True)
+        ]
 
     def fetch(self, blocks: Sequence[int]) -> list[Move]:
         """Load the longest available run into HBM: the moves there, and those between tiers that it entails.
@@ -278,6 +282,14 @@ class TieredStore:
                 usage = shelf.held.get(block)
                 if usage is not None:
                     shelf.put(block, Usage(usage.entered, self._now, usage.uses + 1))
+
+    def awaited(self, blocks: Iterable[int]) -> set[int]:
+        """Serials of the moves under way that bring any of these blocks to the nearest tier that holds them."""
+        arriving = self._arriving
+        if not arriving:
+            return set()
+        keys = ((self._level(block), block) for block in blocks)
+        return {arriving[level, block] for level, block in keys if level is not None and (level, block) in arriving}
 
     def landed(self, move: Move) -> None:
         """A move is over; later ones need not wait for it."""

@@ -43,7 +43,18 @@ class Pools(Together):
         look: Look,
     ) -> None:
         loads = [Load() for _ in replicas]
-        super().__init__(env, replicas, loads, lambda: 0, workload, arrival_s, deployment.frontend_s, log, look)
+        super().__init__(
+            env,
+            replicas,
+            loads,
+            lambda: 0,
+            workload,
+            arrival_s,
+            deployment.frontend_s,
+            log,
+            look,
+            deployment=deployment,
+        )
         handover = deployment.handover
         self.deployment = deployment
         if handover is not None:
@@ -140,6 +151,7 @@ class Pools(Together):
 
     def _enter(self, request: int, now_s: float) -> bool:
         """Send a request to its replicas; False if none can serve it."""
+        self._see(request)
         places = self._places(request)
         if places is None:
             self.log.rejected.append(request)
@@ -172,14 +184,6 @@ class Pools(Together):
         self._stirred(source, before, now_s)
         return True
 
-    def _stirred(self, index: int, before_s: float, now_s: float) -> None:
-        """See to it that a replica acts at the right time, after something that may have changed its plan."""
-        replica = self.replicas[index]
-        if before_s == inf:
-            self._plan_at(index, now_s)
-        elif replica.end != before_s:
-            self._wake_at(index, replica.end)
-
     # Prompts
 
     def _computing(self, index: int, lane: int, chunks: Sequence[Chunk], start_s: float, end_s: float) -> None:
@@ -193,14 +197,17 @@ class Pools(Together):
                 continue
             if transfer.lane is None and not self.queues[transfer.target]:
                 self._reserve(request, transfer, start_s)
-            fresh = before + new - transfer.covered_tokens
+            cached = max(0, before - transfer.covered_tokens)  # found, not computed: all its layers are there already
+            fresh = before + new - transfer.covered_tokens - cached
             transfer.covered_tokens = before + new
             # The last layer of the last step is there when the step ends, and goes as if it were tokens of its own.
             tail = fresh / self.handover.layers if before + new == whole else 0.0
             transfer.backlog_tokens += tail
             if transfer.lane is None:
-                transfer.backlog_tokens += fresh - tail
+                transfer.backlog_tokens += cached + fresh - tail
             else:
+                if cached:
+                    self._send(request, transfer, cached, start_s)
                 self._send(request, transfer, fresh - tail, start_s, within_s=end_s - start_s)
 
     def _finished(self, index: int, request: int) -> None:
@@ -428,6 +435,7 @@ class Pools(Together):
                 f"replica {transfer.target} removed at {now_s:g} s: no replica is left that decodes; expected one more "
                 "in the pool, or a mixed one"
             )
+        self._see(request)
         transfer.target = self._pick(others)
         transfer.lane = None
         self.loads[transfer.target].outstanding_tokens += self.prompts[request]

@@ -68,6 +68,25 @@ def _length_aware(block: Block, stamp: int) -> int:
 EVICTIONS: dict[str, Eviction] = {"lru": _lru, "lfu": _lfu, "fifo": _fifo, "length-aware": _length_aware}
 
 
+class Below(Protocol):
+    """Memories that take what the cache has no more room for."""
+
+    def store(self, blocks: Sequence[int]) -> None:
+        """Blocks are evicted; those that come first in their prompts come first here."""
+        ...
+
+    def held(self, blocks: Sequence[int]) -> int:
+        """How many of the first of these blocks are there."""
+        ...
+
+    def load(self, request: int, blocks: Sequence[int], before: int, target: int) -> int:
+        """Have as many of the first of these blocks loaded as is worth while; how many.
+
+        before   tokens in front of them; target: tokens of the whole context, of which the rest is computed
+        """
+        ...
+
+
 class PrefixCache:
     """The cached prefixes of one scheduler.
 
@@ -81,27 +100,34 @@ class PrefixCache:
     lookups, hit_blocks    requests that were admitted, and blocks they found; what a request finds again after a
                            preemption is its own and not counted
     inserted, evicted      blocks
-    cached_tokens          by request, what it found when first admitted; where it found nothing there is no entry
+    cached_tokens          by request, what it found when first admitted and what was loaded then; where that is nothing
+                           there is no entry
+    admitted               requests that ever were
+    loaded_tokens          by request, what was loaded for it from below when it was first admitted
     shared                 KV blocks of the prefix found last that running sequences hold anyway
+    below                  where evicted blocks go, None: they are lost
     """
 
     __slots__ = (
         "_blocks",
         "_clock",
         "_evict",
+        "_first",
         "_found",
         "_heap",
         "_held",
         "_idle",
         "_rows",
-        "_seen",
         "_size",
+        "admitted",
+        "below",
         "cached_tokens",
         "evicted",
         "hashes",
         "hit_blocks",
         "inserted",
         "kv_per_block",
+        "loaded_tokens",
         "lookups",
         "prompts",
         "shared",
@@ -120,7 +146,10 @@ class PrefixCache:
         self.kv_per_block = kv_per_block
         self.lookups = self.hit_blocks = self.inserted = self.evicted = 0
         self.cached_tokens: dict[int, int] = {}
+        self.loaded_tokens: dict[int, int] = {}
         self.shared = 0
+        self.below: Below | None = None
+        self._first = False  # whether the request that took a prefix last is new
         self._size = hashes.block_tokens
         self._evict = EVICTIONS[eviction]
         self._blocks: dict[int, Block] = {}
@@ -128,7 +157,7 @@ class PrefixCache:
         self._idle: dict[int, Block] = {}  # blocks that nobody uses, by key
         self._heap: list[int] = []  # their keys; outdated ones stay in until they are many
         self._clock = 0
-        self._seen: set[int] = set()
+        self.admitted: set[int] = set()
         self._found: list[Block] = []
         self._rows = {} if rows is None else rows
 
@@ -159,12 +188,15 @@ class PrefixCache:
         return row[: tokens // self._size]
 
     def peek(self, request: int, tokens: int) -> int:
-        """How many of the request's first `tokens` tokens are cached, without any effect."""
+        """How many of the request's first `tokens` tokens are cached, here or below, without any effect."""
         blocks, found = self._blocks, 0
-        for block_id in self._ids(request, tokens):
+        ids = self._ids(request, tokens)
+        for block_id in ids:
             if block_id not in blocks:
                 break
             found += 1
+        if self.below is not None:
+            found += self.below.held(ids[found:])
         return found * self._size
 
     def find(self, request: int, tokens: int) -> int:
@@ -194,12 +226,26 @@ class PrefixCache:
             block.uses += 1
         self._held[request] = found
         self._found = []
-        if request not in self._seen:
-            self._seen.add(request)
+        self._first = request not in self.admitted
+        if self._first:
+            self.admitted.add(request)
             self.lookups += 1
             self.hit_blocks += len(found)
             if found:
                 self.cached_tokens[request] = len(found) * self._size
+
+    def load(self, request: int, target: int) -> int:
+        """Have what follows the prefix just taken loaded from below, all but the last of the `target` tokens at most.
+
+        Returns the tokens of the context that will be there then, 0 if nothing is loaded.
+        """
+        assert self.below is not None
+        known = len(self._held[request])
+        more = self.below.load(request, self._ids(request, target - 1)[known:], known * self._size, target)
+        if more and self._first:
+            self.loaded_tokens[request] = more * self._size
+            self.cached_tokens[request] = (known + more) * self._size
+        return (known + more) * self._size if more else 0
 
     def complete(self, request: int, tokens: int) -> int:
         """The first `tokens` tokens are computed: others find them, and the request goes on using them.
@@ -276,11 +322,16 @@ class PrefixCache:
         evicted = len(idle) - most
         if evicted <= 0:
             return
+        gone: list[int] = []
         while len(idle) > most:
             block = idle.pop(heappop(heap), None)
             if block is not None:
                 del blocks[block.id]
+                gone.append(block.id)
         self.evicted += evicted
+        if self.below is not None:
+            gone.reverse()
+            self.below.store(gone)
 
 
 def kv_per_block(hashes: BlockHashes, block_tokens: int) -> int:
@@ -335,5 +386,5 @@ def hit_rate(caches: Iterable[PrefixCache]) -> float:
     found = asked = 0
     for cache in caches:
         found += cache.hit_blocks
-        asked += sum(-(-cache.prompts[request] // cache.hashes.block_tokens) for request in cache._seen)
+        asked += sum(-(-cache.prompts[request] // cache.hashes.block_tokens) for request in cache.admitted)
     return found / asked if asked else float("nan")

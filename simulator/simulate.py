@@ -115,10 +115,12 @@ def _serve(
         pools.start()
         env.run()
         log.carried_bytes = pools.flows.carried_bytes()
+        if pools.loading is not None:
+            log.tier_bytes = pools.loading.flows.carried_bytes()
         if workload.concurrency is not None:
             log.arrival_s = np.array(pools.arrival_s) - frontend_s
         return
-    if workload.concurrency is None and (router.assign is not None or len(replicas) == 1):
+    if deployment.tiers is None and workload.concurrency is None and (router.assign is not None or len(replicas) == 1):
         assigned = router.assign(len(requests), shares, rng) if router.assign else np.zeros(len(requests), dtype=int)
         for index, replica in enumerate(replicas):
             mine = np.flatnonzero(assigned == index)
@@ -134,10 +136,12 @@ def _serve(
         assert choose is not None
         route = lambda: choose(loads, shares, rng)  # noqa: E731
     together = Together(
-        env, replicas, loads, route, workload, reaching_s.tolist(), frontend_s, log, look, prefixes=router.prefixes
+        env, replicas, loads, route, workload, reaching_s.tolist(), frontend_s, log, look, deployment=deployment
     )
     together.start()
     env.run()
+    if together.loading is not None:
+        log.tier_bytes = together.loading.flows.carried_bytes()
     if workload.concurrency is not None:
         log.arrival_s = np.array(together.arrival_s) - frontend_s
 

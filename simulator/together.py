@@ -10,7 +10,8 @@ from math import inf
 import simpy
 from simpy.events import NORMAL, URGENT, EventPriority
 
-from simulator.deployment import AnyReplica
+from simulator.deployment import AnyReplica, Deployment
+from simulator.loading import Loading
 from simulator.log import Log
 from simulator.workload import Workload
 
@@ -43,9 +44,10 @@ class Together:
         log: Log,
         look: Look,
         *,
-        prefixes: bool = False,
+        deployment: Deployment,
     ) -> None:
         self.env = env
+        prefixes = deployment.router.prefixes
         # Where routers want to know what is cached of a request: the caches of each replica.
         schedulers = [replica.schedulers if prefixes else () for replica in replicas]
         self.caches = [[s.cache for s in lanes if s.cache is not None] for lanes in schedulers]
@@ -65,6 +67,9 @@ class Together:
         self.pending = [False] * len(replicas)  # whether a replica is about to plan at this very instant
         self.version = [0] * len(replicas)  # outdated wake-ups are ignored
         self.commits = 0
+        self.loading: Loading | None = None
+        if deployment.tiers is not None:
+            self.loading = Loading(deployment, deployment.tiers, replicas, log, self._at, self._load_ended)
 
     def start(self) -> None:
         """Let the first requests in."""
@@ -93,10 +98,7 @@ class Together:
         before = replica.end
         rejected = len(self.log.rejected)
         replica.enqueue(request, now_s)
-        if before == inf:
-            self._plan_at(index, now_s)
-        elif replica.end != before:
-            self._wake_at(index, replica.end)
+        self._stirred(index, before, now_s)
         accepted = len(self.log.rejected) == rejected
         if accepted:
             self.loads[index].outstanding_tokens += self.prompts[request]
@@ -105,6 +107,23 @@ class Together:
                 self._arrives(now_s + self.pause_s)
         elif request + 1 < len(self.arrival_s):
             self._arrives(self.arrival_s[request + 1])
+
+    def _stirred(self, index: int, before_s: float, now_s: float) -> None:
+        """See to it that a replica acts at the right time, after something that may have changed its plan."""
+        replica = self.replicas[index]
+        if before_s == inf:
+            self._plan_at(index, now_s)
+        elif replica.end != before_s:
+            self._wake_at(index, replica.end)
+        if self.loading is not None:
+            self.loading.flush(index, now_s)
+
+    def _load_ended(self, index: int, lane: int, request: int, now_s: float) -> None:
+        """What an admitted request waited for has come from below the devices' memory."""
+        replica = self.replicas[index]
+        before = replica.end
+        replica.load_ended(request, lane, now_s)
+        self._stirred(index, before, now_s)
 
     def _see(self, request: int) -> None:
         """Let the router know how much of an arriving request each replica would compute, at the lane that has most."""
@@ -140,6 +159,8 @@ class Together:
         end = self.replicas[index].plan(inf)
         if end < inf:
             self._wake_at(index, end)
+        if self.loading is not None:
+            self.loading.flush(index, self.env.now)
 
     def _wake_at(self, index: int, when_s: float) -> None:
         version = self.version[index] = self.version[index] + 1
@@ -151,6 +172,8 @@ class Together:
         replica = self.replicas[index]
         for request in replica.commit():
             self._finished(index, request)
+        if self.loading is not None:
+            self.loading.flush(index, replica.now)
         self.commits += 1
         if self.commits % STRIDE == 0:
             self.look(STRIDE)

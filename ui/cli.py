@@ -289,7 +289,8 @@ def plan_command(
         run = simulate(catalogue.deployment(best.plan, with_work=True), arrivals, seed, progress=waiting.count)
         metrics = summarize(run, question.limits)
         content = jsonout.plan_object(result, traffic.name, metrics, run.totals)
-        content |= {"caching": prefixes.as_object(run.caching)}
+        if run.caching is not None:
+            content["best"]["caching"] = prefixes.as_object(run.caching)
         if save is not None:
             waiting.at("writing the results", None)
             texts = saving.plan_text(best.plan), saving.ranking_text(result), jsonout.dumps(content) + "\n"

@@ -5,10 +5,10 @@ Within a version keys are added, never renamed or removed.
 
 shardwise plan
     question     model, hardware, gpus, also {hardware: gpus}, serving, transfer, budget_usd_per_h, budget_w, engine,
-                 router, traffic, requests, rate_per_s (null: none demanded), limits, objective, seed, seconds,
-                 tolerance
+                 router, traffic, requests, rate_per_s (null: none demanded), limits, prefix_caching, objective, seed,
+                 seconds, tolerance
     best         the first of `ranked`, and `metrics` and `totals` of it simulated with all its steps at `rate_per_s`,
-                 as in `shardwise simulate`
+                 as in `shardwise simulate`; `caching` too where prefixes are kept
     ranked       list of {plan, words, gpus_used, idle_gpus, value, unit, bound, tie, capacity_per_s, rate_per_s,
                  goodput_per_s, output_tokens_per_s, limits, mean_tpot_s, mean_e2e_s, j_per_output_token}; `plan` is the
                  content of a plan file; `bound` is a score no simulation of the plan can exceed (higher is better);
@@ -40,6 +40,10 @@ shardwise simulate
     encode       null without images; workers (0: replicas encode for themselves), requests and tiles (that were
                  encoded), use (share of the time these devices encoded), wait_mean_s (to the first batch's start) and
                  mean_s (until all its tokens are with prefill) of a request with images; null without workers
+    caching      null where no prefix is kept or nothing is known of prompts that begin alike; prompt_tokens (of the
+                 requests looked up), found_tokens (in device memory), loaded_tokens (from the tiers below), hit_rate
+                 (share of prompt tokens found or loaded), loads, load_mean_s, stored_bytes, loaded_bytes, links: list
+                 of {name, bytes_per_s, carried_bytes} of those to the tiers that were used
     notes        what is odd about the plan
     wall_s       of the simulation
 
@@ -135,6 +139,7 @@ def plan_object(result: SearchResult, traffic: str, metrics: Metrics, totals: Ru
             "requests": len(question.requests),
             "rate_per_s": question.rate_per_s,
             "limits": [str(limit) for limit in question.limits],
+            "prefix_caching": question.choices.prefix_caching,
             "objective": question.objective,
             "seed": question.seed,
             "seconds": question.seconds,

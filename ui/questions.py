@@ -14,6 +14,7 @@ from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, Precision
 from planner import Plan, Question
 from planner.catalogue import Catalogue, format_problem, open_catalogue
 from planner.errors import PlanError
+from planner.plan import PrefixCaching
 from planner.planfile import read_plan
 from planner.space import Choices
 from simulator.limits import Limit, parse_limit
@@ -156,6 +157,7 @@ def choices(
     policy: str | None,
     token_budget: str | None,
     max_seqs: str | None,
+    prefix_caching: PrefixCaching | None = None,
 ) -> Choices:
     """What the search may vary; what was not typed is left at its default."""
     cluster = load_cluster(question_hardware, gpus)
@@ -168,6 +170,8 @@ def choices(
         found = replace(found, token_budgets=numbers("--token-budget", token_budget, MOST_TOKENS))
     if max_seqs is not None:
         found = replace(found, max_seqs=numbers("--max-seqs", max_seqs, MOST_SEQS))
+    if prefix_caching is not None:
+        found = replace(found, prefix_caching=prefix_caching)
     return found
 
 

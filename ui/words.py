@@ -27,6 +27,15 @@ def kept(pool: Pool) -> str:
     return shared if pool.experts is None else f"{pool.experts} experts, {shared}"
 
 
+def remembered(pool: Pool) -> str:
+    """What is kept of prompts that begin alike, such as ', prefixes kept (lru; 1000 GB in host memory)', or nothing."""
+    if pool.prefix_caching == "off":
+        return ""
+    tiers = (("host memory", pool.host_kv_gb), ("disks", pool.ssd_kv_gb))
+    where = "".join(f"; {gigabytes:g} GB in {name}" for name, gigabytes in tiers if gigabytes is not None)
+    return f", prefixes kept ({pool.prefix_caching}{where})"
+
+
 def replicas(pool: Pool) -> str:
     """How many of what, such as '4 replicas of tp=4'."""
     return f"{pool.replicas} {'replica' if pool.replicas == 1 else 'replicas'} of {cut(pool)}"
@@ -72,7 +81,7 @@ def in_words(plan: Plan) -> str:
     """What the plan runs, such as '4 replicas of tp=4 (chunked, ...) on 16 GPUs; 0 idle'."""
     kinds = [
         f"{part(pool)}{replicas(pool)} ({pool.policy}, up to {pool.max_seqs} sequences and {pool.token_budget} tokens "
-        f"a step, {kept(pool)})"
+        f"a step, {kept(pool)}{remembered(pool)})"
         if pool.role != "encode"
         else f"{workers(pool)} ({plan.encoder}, up to {pool.batch_tiles} tiles a batch)"
         for pool in plan.pools

@@ -110,6 +110,8 @@ def _check_reach(replica: Replica) -> None:
 def _router_flags(plan: Plan, notes: list[str]) -> list[str]:
     if plan.router in {"round-robin", "random"}:
         return ["--router-mode", plan.router]
+    if plan.router == "prefix-aware":
+        return ["--router-mode", "kv", "--no-kv-events"]
     notes.append(f"Router {plan.router}: Dynamo has none; its kv mode without cache overlap balances KV blocks.")
     return ["--router-mode", "kv", "--kv-overlap-score-weight", "0", "--no-kv-events"]
 

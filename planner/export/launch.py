@@ -174,7 +174,7 @@ def model_repository(plan: Plan) -> str:
 def common_notes(plan: Plan, replicas: Sequence[Replica], scripted: bool = True) -> list[str]:
     """Caveats that hold for every engine; scripted tells whether launch.sh runs on every node, or once."""
     nodes = nodes_of(replicas) if scripted else 1
-    notes = ["Prefix caching is switched off, because the simulation does not model it."]
+    notes = prefix_notes(plan)
     if model_repository(plan) == plan.model and not plan.model.endswith(".json") and "/" not in plan.model:
         notes.append(f"No repository is known for {plan.model!r}: put a Hugging Face repository in its place.")
     gpus = sum(plan.devices.values())
@@ -258,6 +258,25 @@ def script(commands: Sequence[Command], nodes: int, header: str, setup: str = ""
     return "\n".join(line for line in [*lines, "wait -n", ""] if line or line is lines[-1])
 
 
+def prefix_notes(plan: Plan) -> list[str]:
+    """What the engines do otherwise about KV that is kept for prompts that begin alike."""
+    if all(pool.prefix_caching == "off" for pool in plan.serving):
+        return ["Prefix caching is switched off, as in the plan."]
+    notes = []
+    for index, pool in enumerate(plan.pools):
+        if pool.prefix_caching not in ("off", "lru"):
+            notes.append(
+                f"pools[{index}]: prefix_caching {pool.prefix_caching} is approximated: what was used longest ago goes "
+                "first."
+            )
+        if pool.host_kv_gb or pool.ssd_kv_gb:
+            notes.append(
+                f"pools[{index}]: host_kv_gb and ssd_kv_gb are not exported: see vLLM's --kv-offloading-size, SGLang's "
+                "--enable-hierarchical-cache, TensorRT-LLM's kv_cache_config.host_cache_size."
+            )
+    return notes
+
+
 def nginx(plan: Plan, replicas: Sequence[Replica], notes: list[str]) -> tuple[dict[str, str], list[Command]]:
     """A front router where the engine has none of its own: nginx.conf and its command, nothing for one replica.
 
@@ -271,8 +290,11 @@ def nginx(plan: Plan, replicas: Sequence[Replica], notes: list[str]) -> tuple[di
         "random": "random;",
         "least-tokens": "least_conn;",
         "power-of-two": "random two least_conn;",
+        "prefix-aware": "least_conn;",
     }[plan.router]
-    if plan.router in {"least-tokens", "power-of-two"}:
+    if plan.router == "prefix-aware":
+        notes.append("Router prefix-aware: nginx knows nothing of prefixes; it compares open requests.")
+    elif plan.router in {"least-tokens", "power-of-two"}:
         notes.append(f"Router {plan.router}: nginx compares open requests, not outstanding tokens.")
     single = nodes_of(replicas) == 1
     if not single:

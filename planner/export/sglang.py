@@ -129,7 +129,7 @@ def _flags(pool: Pool, index: int, notes: list[str]) -> list[str]:
     flags += ["--max-running-requests", str(pool.max_seqs * d * pool.pp)]
     flags += [*_policy_flags(pool, where, notes), "--schedule-policy", "fcfs"]
     flags += ["--page-size", str(pool.block_tokens), "--context-length", str(pool.max_context_tokens)]
-    return [*flags, "--disable-radix-cache"]
+    return [*flags, "--disable-radix-cache"] if pool.prefix_caching == "off" else flags
 
 
 def _policy_flags(pool: Pool, where: str, notes: list[str]) -> list[str]:
@@ -165,7 +165,8 @@ def _router(plan: Plan, replicas: Sequence[Replica], notes: list[str]) -> list[C
     if len(replicas) == 1:
         notes.append(f"One replica: clients use its port {replicas[0].port} directly.")
         return []
-    policy = {"round-robin": "round_robin", "random": "random"}.get(plan.router, "power_of_two")
+    known = {"round-robin": "round_robin", "random": "random", "prefix-aware": "cache_aware"}
+    policy = known.get(plan.router, "power_of_two")
     if plan.router == "least-tokens":
         notes.append("Router least-tokens: sglang-router has no such policy; power_of_two over its load comes nearest.")
     notes.append(f"The router is sglang-router {ROUTER_VERSION}, a package of its own.")

@@ -141,7 +141,7 @@ def _options(pool: Pool, index: int, notes: list[str]) -> dict[str, Any]:
         "enable_chunked_prefill": pool.policy == "chunked",
         "kv_cache_config": {
             "dtype": "fp8" if pool.kv == "fp8" else "auto",
-            "enable_block_reuse": False,
+            "enable_block_reuse": pool.prefix_caching != "off",
             "tokens_per_block": pool.block_tokens,
         },
     }

@@ -115,8 +115,9 @@ def _router(plan: Plan, replicas: Sequence[Replica], notes: list[str]) -> Comman
         f"The router is vllm-router {ROUTER_VERSION} (project vllm-project/router), a package of its own; vLLM's own "
         "example, tests/v1/kv_connector/nixl_integration/toy_proxy_server.py, only takes turns."
     )
-    if plan.router in {"least-tokens", "power-of-two"}:
-        notes.append(f"Router {plan.router}: vllm-router's power_of_two compares open requests, not tokens.")
+    if plan.router not in {"round-robin", "random"}:
+        what = "knows no prefixes and " if plan.router == "prefix-aware" else ""
+        notes.append(f"Router {plan.router}: vllm-router's power_of_two {what}compares open requests, not tokens.")
     argv = ["vllm-router", "--host", "0.0.0.0", "--port", str(ROUTER_PORT), "--vllm-pd-disaggregation"]
     argv += ["--policy", policy, "--worker-startup-timeout-secs", "3600"]
     for role in _KV_ROLES:
@@ -163,7 +164,8 @@ def _expert_flags(pool: Pool, where: str, engine: str) -> list[str]:
 
 
 def _policy_flags(pool: Pool, where: str, engine: str, notes: list[str]) -> list[str]:
-    flags, context = ["--no-enable-prefix-caching"], pool.max_context_tokens
+    caching = "--no-enable-prefix-caching" if pool.prefix_caching == "off" else "--enable-prefix-caching"
+    flags, context = [caching], pool.max_context_tokens
     if pool.policy == "chunked" or pool.role == "decode":
         flags.append("--enable-chunked-prefill")
     else:
