@@ -487,17 +487,11 @@ class Scheduler:
 
         Sets `_before`, the tokens of it that are cached; -1 where it has to wait until more are loaded.
         """
-        block, cache = self._block, self.cache
+        if self.cache is not None:
+            return self._admit_cached(request, target, self.cache)
+        block = self._block
         blocks = -(-target // block)
         last = -(-(self.prompts[request] + self.outputs[request] - 1) // block)
-        if cache is not None:
-            if request in self.loaded:
-                self._before = self.loaded.pop(request)
-                self.waiting.popleft()
-                return True
-            self._before = self._find(request, target)
-            blocks -= cache.shared
-            last -= cache.shared
         if self._padded:
             last = -(-self.config.max_context_tokens // block)
         reserved = self.reserved + last
@@ -509,14 +503,32 @@ class Scheduler:
             self.peak_blocks = reserved
         self._apart += blocks
         self.waiting.popleft()
-        if cache is not None:
-            cache.take(request)
-            if cache.below is not None:
-                tokens = cache.load(request, target)
-                if tokens:
-                    self.loading[request] = tokens
-                    self._before = -1
-            cache.make_room(self.free)
+        return True
+
+    def _admit_cached(self, request: int, target: int, cache: PrefixCache) -> bool:
+        """The same where prefixes are kept: what is cached needs no blocks of its own."""
+        if request in self.loaded:
+            self._before = self.loaded.pop(request)
+            self.waiting.popleft()
+            return True
+        block = self._block
+        self._before = self._find(request, target)
+        blocks = -(-target // block) - cache.shared
+        reserved = self.reserved - (-(self.prompts[request] + self.outputs[request] - 1) // block) - cache.shared
+        if reserved > self.kv_blocks and blocks > self.free:
+            self.limited.add("kv")
+            return False
+        self.reserved = reserved
+        self.peak_blocks = max(self.peak_blocks, reserved)
+        self._apart += blocks
+        self.waiting.popleft()
+        cache.take(request)
+        if cache.below is not None:
+            tokens = cache.load(request, target)
+            if tokens:
+                self.loading[request] = tokens
+                self._before = -1
+        cache.make_room(self.free)
         return True
 
 
