@@ -16,7 +16,8 @@ from planner.question import Question
 from planner.search import Family, Point, Progress, Ranked, Search, SearchResult, front, search
 from planner.sharedplans import shared_plans
 from planner.sizing import Offer, Sizings, aggregated_option, degrees, offer, sized
-from planner.trial import attempt
+from planner.space import enumerate_pools
+from planner.trial import Trial, attempt
 from simulator.limits import Limit
 
 #: Share of the time of a search that each way of serving gets when all are asked for, beside the aggregated one.
@@ -50,11 +51,19 @@ def affordable(question: Question) -> Question:
     if question.budget_w is not None:
         gpus = min(gpus, floor(question.budget_w / device.tdp_w + 1e-9))
     if gpus < 1:
-        each = f"{device.price_usd_per_h or 0:g} USD/h and {device.tdp_w / 1000:g} kW"
-        raise NoFeasiblePlanError(
-            f"budget of {_budget_words(question)}: does not pay for one {device.name}, which takes {each}; raise it"
-        )
+        raise NoFeasiblePlanError(f"budget of {_budget_words(question)}: {_least_words(question)}; raise it")
     return replace(question, gpus=gpus)
+
+
+def _least_words(question: Question) -> str:
+    """What the smallest replica that fits takes."""
+    catalogue = open_catalogue(question.model, question.hardware, question.gpus, question.engine)
+    longest = int((question.requests.prompt_tokens + question.requests.output_tokens).max())
+    pools = enumerate_pools(catalogue, question.choices, longest).pools
+    device = catalogue.cluster.device
+    gpus = min((pool.gpus_per_replica for pool, _ in pools), default=1)
+    price = "" if device.price_usd_per_h is None else f"{gpus * device.price_usd_per_h:g} USD/h and "
+    return f"the smallest replica that fits, {gpus} x {device.name}, takes {price}{gpus * device.tdp_w / 1000:g} kW"
 
 
 def _budget_words(question: Question) -> str:
@@ -83,6 +92,7 @@ class _Comparison:
         self.points: list[Point] = []
         self.trials = self.simulated = self.considered = self.left_out = 0
         self.problems: list[str] = []
+        self.seen: list[Trial] = []
 
     def result(self) -> SearchResult:
         """Every way of serving that is asked for, in one ranking."""
@@ -90,9 +100,10 @@ class _Comparison:
         aggregated = Offer({})
         if serving in ("aggregated", "any"):
             aggregated = self._aggregated()
-        if serving in ("shared", "any"):
+        chunked = "chunked" in self.question.choices.policies  # as all replicas of the other ways are
+        if serving in ("shared", "any") and chunked:
             self._shared()
-        if serving in ("disaggregated", "any"):
+        if serving in ("disaggregated", "any") and chunked and self.total > 1:
             self._disaggregated(aggregated)
         return self._together()
 
@@ -178,6 +189,7 @@ class _Comparison:
             self.simulated += len(measured)
             for plan, trial, trials in measured:
                 self.trials += len(trials)
+                self.seen += trials
                 if trial is None:
                     problem = "none kept the limits when simulated"
                     continue
@@ -200,7 +212,7 @@ class _Comparison:
         told = "" if found else problem
         self.families.append(Family("shared", best, told, strained_by=strained, rate_per_s=rate, wall_s=wall_s))
         if not found:
-            self.problems.append(f"shared: {problem}; relax a limit or add devices")
+            self.problems += [] if self.seen else [f"shared: {problem}; relax a limit or add devices"]
 
     def _disaggregated(self, aggregated: Offer) -> None:
         """Pools of prefill and decode replicas, with whole-request replicas beside them where those are known."""
@@ -223,6 +235,7 @@ class _Comparison:
             self.problems.append(str(error))
             return
         self.trials += sum(len(one.trials) for one in found.sized)
+        self.seen += [trial for one in found.sized for trial in one.trials]
         self.simulated += len(found.sized)
         ranked = self._ranked(name, found)
         self.ranked += ranked
@@ -294,7 +307,7 @@ class _Comparison:
         """The ranking over all ways of serving, and where the best two change places."""
         question = self.question
         if not self.ranked:
-            raise NoFeasiblePlanError(self.problems[0] if self.problems else "no plan keeps the limits; relax one")
+            raise NoFeasiblePlanError(self.problems[0] if self.problems else self._nothing_kept())
         order = sorted(self.ranked, key=lambda r: (-r.score, r.plan.gpus_used, r.trial.mean_e2e_s))[: question.keep]
         best = order[0]
         within = best.score - question.tolerance * abs(best.score)
@@ -318,8 +331,21 @@ class _Comparison:
             crossover=self._crossover(),
         )
 
+    def _nothing_kept(self) -> str:
+        """What the best plan simulated could do, where none keeps the limits at the demanded rate."""
+        question = self.question
+        met = [trial.rate_per_s for trial in self.seen if trial.meets]
+        if question.rate_per_s is None or not met:
+            return f"none of the {self.simulated} plans simulated keeps the limits; relax one or add devices"
+        return (
+            f"rate {question.rate_per_s:g}/s: the best of the {self.simulated} plans simulated keeps the limits up to "
+            f"{max(met):.3g}/s; lower the rate, relax a limit or add devices"
+        )
+
     def _gap(self, best: Ranked) -> float:
         """By how much an aggregated plan that was not tried can still beat the best plan of all."""
+        if not self.searches:
+            return inf  # pools and shares are simulated, not bounded
         gaps = []
         for found in self.searches.values():
             part = found.question.gpus / self.total if self.question.objective == "goodput-per-gpu" else 1.0

@@ -111,7 +111,7 @@ class Plan:
     pools: tuple[Pool, ...]
     engine: str = "vllm"
     router: Routing = "round-robin"
-    also: dict[str, int] = field(default_factory=dict)
+    also: dict[str, int] = field(default_factory=dict, hash=False)
     transfer: Mode = "layer-wise"
     role_switch_s: float | None = None
     encoder: str | None = None

@@ -155,8 +155,10 @@ class _Queue:
             self.first_row[pp] = len(rows)
             rows += [self.prompts[engine::pp] for engine in range(pp)]
         self.count = np.array([len(row) for row in rows])
-        self.cum = np.array([np.pad(np.cumsum(row), (1, total - len(row)), mode="edge") for row in rows])
-        self.cum[:, 0] = 0
+        self.cum = np.zeros((len(rows), total + 1), dtype=np.int64)
+        for place, row in enumerate(rows):
+            self.cum[place, 1 : len(row) + 1] = np.cumsum(row)
+            self.cum[place, len(row) + 1 :] = row.sum()
         self.apart = int(self.prompts.sum()) + 1  # tells the rows apart in one ascending array
         self.flat = (self.cum + np.arange(len(rows))[:, None] * self.apart).ravel()
         none, self.whole = np.zeros_like(self.prompts), np.zeros((len(models), total))

@@ -18,6 +18,10 @@ Objective = Literal["goodput-per-gpu", "fewest-gpus", "cost", "energy", "latency
 Serving = Literal["aggregated", "disaggregated", "shared", "any"]
 
 
+#: Requests below which no pools are sized.
+FEWEST = 20
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """Which plan serves this model on these devices under this traffic within these limits?
@@ -36,7 +40,7 @@ class Question:
                   fewest-gpus, cost (USD per million output tokens), energy (joules per output token) and latency
                   (mean end-to-end time) at rate_per_s
     choices       what may be varied beside the degrees
-    router        how requests are spread over replicas
+    router        how requests are spread over replicas; pool_router: over those of pools with roles
     seconds       wall-clock time after which no further plan is simulated
     jobs          processes that simulate; None for as many as there are processors
     cost          what prices rest on: analytic, calibrated or measured; see planner.catalogue.open_catalogue
@@ -53,13 +57,14 @@ class Question:
     engine: str = "vllm"
     choices: Choices = field(default_factory=Choices)
     router: Routing = "round-robin"
+    pool_router: Routing = "least-tokens"
     seed: int = 0
     seconds: float = 13.0
     tolerance: float = 0.02
     jobs: int | None = None
     cost: str = "calibrated"
     keep: int = 10
-    also: dict[str, int] = field(default_factory=dict)
+    also: dict[str, int] = field(default_factory=dict, hash=False)
     serving: Serving = "aggregated"
     transfer: Mode = "layer-wise"
     budget_usd_per_h: float | None = None
@@ -76,8 +81,21 @@ class Question:
                 raise PlanError(f"{name} {budget}: expected a finite number above 0")
         if self.transfer not in get_args(Mode):
             raise PlanError(f"transfer {self.transfer!r}: expected one of {', '.join(get_args(Mode))}")
-        if self.router not in ROUTERS:
-            raise PlanError(f"router {self.router!r}: expected one of {', '.join(ROUTERS)}")
+        for router in (self.router, self.pool_router):
+            if router not in ROUTERS:
+                raise PlanError(f"router {router!r}: expected one of {', '.join(ROUTERS)}")
+        if self.serving in ("disaggregated", "shared") and "chunked" not in self.choices.policies:
+            raise PlanError(
+                f"serving {self.serving} with policies {', '.join(self.choices.policies)}: replicas of pools and those "
+                "that share devices run chunked; expected chunked among the policies"
+            )
+        if self.serving == "disaggregated" and sum(self.devices.values()) < 2:
+            raise PlanError("serving disaggregated on 1 device: expected two or more, for prompts and answers")
+        if self.serving in ("disaggregated", "any") and len(self.requests) < FEWEST:
+            raise PlanError(
+                f"serving {self.serving} for {len(self.requests)} requests: expected at least {FEWEST}, from which "
+                "pools are sized"
+            )
         if self.rate_per_s is not None and not (isfinite(self.rate_per_s) and self.rate_per_s > 0):
             raise PlanError(f"rate {self.rate_per_s}: expected a finite number of requests per second above 0")
         if not (isfinite(self.seconds) and self.seconds > 0):

@@ -87,10 +87,12 @@ def phase_pools(question: Question, catalogue: Catalogue, hardware: str | None) 
     budgets = (
         tuple(tokens for tokens in allowed.token_budgets if tokens in PREFILL_TOKENS) or allowed.token_budgets[-1:]
     )
-    seqs = allowed.max_seqs[-1]
+    prompts = max((most for most in allowed.max_seqs if most <= min(PREFILL_SEQS, budgets[0])), default=1)
+    seqs = max((most for most in allowed.max_seqs if most <= allowed.token_budgets[-1]), default=1)
+    enough = [tokens for tokens in allowed.token_budgets if tokens >= max(DECODE_TOKENS, seqs)]
     roles: tuple[tuple[Role, tuple[int, ...], int], ...] = (
-        ("prefill", budgets, min(PREFILL_SEQS, budgets[0])),
-        ("decode", (max(DECODE_TOKENS, seqs),), seqs),
+        ("prefill", budgets, prompts),
+        ("decode", (enough[0] if enough else allowed.token_budgets[-1],), seqs),
     )
     for role, tokens, most in roles:
         choices = replace(allowed, policies=("chunked",), token_budgets=tokens, max_seqs=(most,))
@@ -203,7 +205,7 @@ def plan_of(question: Question, point: Point, kinds: dict[str, Pool]) -> Plan:
         question.gpus,
         tuple(pools),
         question.engine,
-        "least-tokens" if question.router == "round-robin" else question.router,
+        question.pool_router,
         also=question.also,
         transfer=question.transfer,
     )

@@ -63,7 +63,9 @@ class Encoding:
         workers = len(found.busy_s)
         waits_s, times_s = (found.begun_s - self.arrival_s)[seen], (found.ready_s - self.arrival_s)[seen]
         means = (float(waits_s.mean()), float(times_s.mean())) if len(times_s) else ()
-        return EncodeUse(workers, *counts, _share(float(found.busy_s.sum()), workers * makespan_s), *means)
+        # Images may be encoded after the last answer, of requests that nobody is left to serve.
+        span_s = max([makespan_s, *(found.ready_s[seen] - self.arrival_s.min())])
+        return EncodeUse(workers, *counts, _share(float(found.busy_s.sum()), workers * span_s), *means)
 
     def before_s(self, replica: int, prompts: NDArray[np.bool_]) -> Floats:
         """Seconds a replica encoded in each row of its step log; `prompts` says which of them compute any."""

@@ -74,6 +74,8 @@ class Pools(Together):
         self.entered = 0
         if handover is not None and handover.mode == "layer-wise":
             log.watch = self._computing
+        self.lobby: list[int] = []  # requests that wait for a replica to take up a role that nobody has
+        self.changing = 0  # replicas on their way from one role to the other
         self.draining: dict[int, Role] = {}  # replicas that finish what they have, and what they will be
         self.switching = RoleSwitch()
         if deployment.switch_s is not None:
@@ -153,6 +155,9 @@ class Pools(Together):
         """Send a request to its replicas; False if none can serve it."""
         self._see(request)
         places = self._places(request)
+        if places is None and self._may_change():
+            self.lobby.append(request)
+            return True
         if places is None:
             self.log.rejected.append(request)
             return False
@@ -345,6 +350,7 @@ class Pools(Together):
             "prefill": sum(len(lane.waiting) for i in engines["prefill"] for lane in self.replicas[i].schedulers),
             "decode": sum(len(self.queues[i]) for i in engines["decode"]),
         }
+        queues["decode" if engines["prefill"] else "prefill"] += len(self.lobby)
         self.switching.look(queues, {role: len(members) for role, members in engines.items()})
         move = self.switching.decide(now_s)
         if move is not None and not self.draining:
@@ -352,7 +358,16 @@ class Pools(Together):
             self.roles[index] = None
             self.draining[index] = cast(Role, move[1])
             self._drained(now_s)
-        if self.entered < len(self.outputs) or self.transfers or any(lane.unfinished for lane in self._lanes()):
+        if self.lobby and not self._may_change():
+            for request in self.lobby:
+                self.log.rejected.append(request)
+            self.lobby.clear()
+        if (
+            self.lobby
+            or self.entered < len(self.outputs)
+            or self.transfers
+            or any(lane.unfinished for lane in self._lanes())
+        ):
             self._at(now_s + MONITOR_S, NORMAL, partial(self._watch_queues, now_s + MONITOR_S))
 
     def _lanes(self) -> Iterator[Scheduler]:
@@ -366,7 +381,22 @@ class Pools(Together):
                 del self.draining[index]
                 self.log.role_switches += 1
                 again_s = now_s + (self.deployment.switch_s or 0.0)
-                self._at(again_s, URGENT, partial(self.roles.__setitem__, index, role))
+                self.changing += 1
+                self._at(again_s, URGENT, partial(self._take_up, index, role, again_s))
+
+    def _take_up(self, index: int, role: Role, now_s: float) -> None:
+        """A replica is there in its new role, and those that waited for one come in."""
+        self.changing -= 1
+        self.roles[index] = role
+        waiting, self.lobby = self.lobby, []
+        for request in waiting:
+            self._enter(request, now_s)
+
+    def _may_change(self) -> bool:
+        """Whether a replica is about to take up another role, or may be told to."""
+        if self.deployment.switch_s is None:
+            return False
+        return bool(self.changing or self.draining) or max(len(self._of("prefill")), len(self._of("decode"))) > 1
 
     # Replicas that go away
 

@@ -284,6 +284,7 @@ class SharedReplica:
         scheduler.waiting.extend(request for request, _, _ in scheduler.flight)
         scheduler.flight, scheduler.flight_items = [], []
         self.end = self._p_end = self._d_end = inf
+        log.lost_kv_blocks += scheduler.blocks_held()
         forgotten = scheduler.evict()
         log.preempted(scheduler, self.index, DECODE)
         return forgotten

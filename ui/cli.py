@@ -195,8 +195,12 @@ def plan_command(
     ] = "goodput-per-gpu",
     engine: Annotated[str, typer.Option(help="Engine profile whose overheads are counted.")] = "vllm",
     router: Annotated[
-        str, typer.Option(help="round-robin, random, least-tokens, power-of-two or prefix-aware.")
-    ] = "round-robin",
+        str | None,
+        typer.Option(
+            help="round-robin, random, least-tokens, power-of-two or prefix-aware [default: round-robin, and "
+            "least-tokens for pools with roles].",
+        ),
+    ] = None,
     prefix_caching: PrefixCaching = None,
     weights: Annotated[
         str | None, typer.Option(help="Formats of the weights, such as bf16,fp8.", metavar="LIST")
@@ -266,7 +270,7 @@ def plan_command(
             max_seqs=max_seqs,
             prefix_caching=None if prefix_caching is None else prefixes.known_caching(prefix_caching),
         ),
-        router=router,  # type: ignore[arg-type]
+        **({} if router is None else {"router": router, "pool_router": router}),  # type: ignore[arg-type]
         seed=seed,
         keep=keep,
         cost=cost,

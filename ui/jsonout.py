@@ -5,8 +5,8 @@ Within a version keys are added, never renamed or removed.
 
 shardwise plan
     question     model, hardware, gpus, also {hardware: gpus}, serving, transfer, budget_usd_per_h, budget_w, engine,
-                 router, traffic, requests, rate_per_s (null: none demanded), limits, prefix_caching, objective, seed,
-                 seconds, tolerance
+                 router, pool_router, traffic, requests, rate_per_s (null: none demanded), limits, prefix_caching,
+                 objective, seed, seconds, tolerance
     best         the first of `ranked`, and `metrics` and `totals` of it simulated with all its steps at `rate_per_s`,
                  as in `shardwise simulate`; `caching` too where prefixes are kept
     ranked       list of {plan, words, gpus_used, idle_gpus, value, unit, bound, tie, capacity_per_s, rate_per_s,
@@ -14,7 +14,9 @@ shardwise plan
                  content of a plan file; `bound` is a score no simulation of the plan can exceed (higher is better);
                  `limits` maps each limit to the value reached
     considered, pruned {law: plans}, simulated, trials, untried, gap
-                 gap: the share by which any plan not tried can still be better; 0 means proved within the tolerance
+                 gap: the share by which any plan not tried can still be better; 0 means proved within the tolerance.
+                 Where ways of serving are compared, it is about plans that serve whole requests alone: pools and
+                 shared devices are simulated, not bounded
     pareto       list of {plan, words, rate_per_s, tokens_per_s_per_gpu, tokens_per_s_per_user}
     evidence     {source of prices: share of a step's time}
     wall_s       of the search
@@ -33,7 +35,9 @@ shardwise simulate
                  overall: requests, finished, rejected, preemptions, ttft_s, tpot_s, itl_s and e2e_s as {count, mean,
                  p50, p90, p95, p99}, slo_attainment, goodput_requests_per_s, output_tokens_per_s, total_tokens_per_s
     totals       gpus, replicas, makespan_s, model_flops, hbm_bytes, energy_j, price_usd_per_h, peak_flops_per_s,
-                 memory_bytes_per_s, lanes and kv_blocks (by replica), seed, events
+                 memory_bytes_per_s, lanes and kv_blocks (by replica), seed, events, requeued (requests that started
+                 anew because their replica failed), lost_kv_blocks (with these replicas), role_switches, roles (of
+                 each replica when the run began)
     limits       {limit: whether the measured requests keep it together}, empty without limits
     replications {metric: {mean, half_width, runs}} of a 95 % interval; null for a single run
     evidence     {source of prices: share of a step's device time}
@@ -44,6 +48,10 @@ shardwise simulate
                  requests looked up), found_tokens (in device memory), loaded_tokens (from the tiers below), hit_rate
                  (share of prompt tokens found or loaded), loads, load_mean_s, stored_bytes, loaded_bytes, links: list
                  of {name, bytes_per_s, carried_bytes} of those to the tiers that were used
+    handed_over  null where no KV went to another replica; transfers, nbytes, waiting_for_room_s {mean, max} (from the
+                 end of a prompt until blocks are set aside at the target), exposed_s {mean, max} (from the later of
+                 these two until all of it is there), busiest_link {name, bytes_per_s, use (share of what it could
+                 carry in the run)}
     notes        what is odd about the plan
     wall_s       of the simulation
 
@@ -135,6 +143,7 @@ def plan_object(result: SearchResult, traffic: str, metrics: Metrics, totals: Ru
             "budget_w": question.budget_w,
             "engine": question.engine,
             "router": question.router,
+            "pool_router": question.pool_router,
             "traffic": traffic,
             "requests": len(question.requests),
             "rate_per_s": question.rate_per_s,

@@ -34,6 +34,10 @@ def show_serving(out: Console, result: SearchResult) -> None:
         )
     columns = ["serving", "best plan", "value", "predicted/s", "kept/s", "nearest limit"]
     show_table(out, f"Ways of serving ({result.unit}; predicted by the sizing program)", columns, rows, words=2)
+    say(
+        out,
+        "  kept/s: the highest rate offered within the limits; the value counts the whole run, ramp and drain too.",
+    )
     for sentence in reasons(result):
         say(out, sentence)
     found = result.crossover

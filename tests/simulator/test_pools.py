@@ -279,3 +279,17 @@ def test_no_step_runs_more_sequences_than_a_scheduler_may() -> None:
     assert together[result.steps.replica == 1].max() == 6
     assert together[result.steps.replica == 2].max() <= 4
     assert np.isfinite(result.requests.finish_s).all()
+
+
+def test_requests_wait_for_a_role_that_a_replica_is_about_to_take_up() -> None:
+    """The only prefill replica fails; a decode replica comes over, and nobody is turned away."""
+    requests = traffic(7, 150, 4.0, longest=40, outputs=8)
+    pools = [spec("prefill"), spec("decode"), spec("decode")]
+    failing = {"handover": handover(), "removals": [Removal(5.0, 0)]}
+    moved = simulate(Deployment(pools, ROUTERS["least-tokens"], switch_s=0.7, **failing), requests)  # type: ignore[arg-type]
+    assert np.isfinite(moved.requests.finish_s).all()
+    assert moved.totals.role_switches == 1
+    stuck = simulate(Deployment(pools, ROUTERS["least-tokens"], **failing), requests)  # type: ignore[arg-type]
+    assert stuck.requests.rejected.any()
+    alone = Deployment(pools[:2], ROUTERS["least-tokens"], switch_s=0.7, **failing)  # type: ignore[arg-type]
+    assert simulate(alone, requests).requests.rejected.any()
