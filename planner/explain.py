@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwmodels import operators as ops
+from hwmodels.engine import Engine
 from hwmodels.hardware import Cluster, Device
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.operators import AttentionCore, Communication, Elementwise, Experts, Gemm, GroupedGemm, Operator
 from hwmodels.roofline import AnalyticCost, arithmetic_dtype, attention_dtype, memory_time_s, tile_time_s
 from hwmodels.shape import Layer, ModelShape
 from hwmodels.step_model import (
+    CostModel,
     StepModel,
     decode_operators,
     kept,
@@ -24,6 +26,7 @@ from hwmodels.step_model import (
     stage_layers,
 )
 from planner.catalogue import Catalogue, mapping_of, precision_of
+from planner.encoding import Vision
 from planner.errors import PlanError
 from planner.plan import Pool
 
@@ -111,7 +114,7 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """One pool: the memory of its fullest device and its steps."""
+    """One pool: the memory of its fullest device and the steps that its role runs."""
 
     pool: Pool
     memory: MemoryUse
@@ -119,19 +122,49 @@ class Explanation:
 
 
 def explain(
-    catalogue: Catalogue, pool: Pool, *, batch: int | None = None, context: int = 1024, prefill: int | None = None
+    catalogue: Catalogue,
+    pool: Pool,
+    *,
+    batch: int | None = None,
+    context: int = 1024,
+    prefill: int | None = None,
+    vision: Vision | None = None,
 ) -> Explanation:
-    """A decode step and a prompt chunk of one replica of the pool.
+    """A decode step and a prompt chunk of one replica of the pool; of a prefill or decode pool only its own.
 
+    catalogue  of the plan; the pool's own devices are looked up in it
     batch      decoding sequences of each scheduler; None for BATCH or as many as fit
     context    tokens each of them attends to
     prefill    tokens of the chunk, alone in its step; None for the token budget, 0 for no such step
+    vision     an encoder that the replica has beside the model; its own time is not among the steps
 
     Raises PlanError for a batch or chunk the plan cannot run, and what Catalogue.replica raises.
     """
-    spec = catalogue.replica(pool)
-    memory = _memory(catalogue, pool)
-    longest = min(pool.max_context_tokens, catalogue.model.max_context_tokens)
+    catalogue = catalogue.of(pool)
+    table = catalogue.replica(pool, vision=vision).model
+    memory = _memory(catalogue, pool, vision)
+    step = _Step(catalogue, pool, table)
+    steps = []
+    if pool.role != "prefill":
+        steps.append(step.decode(_sequences(catalogue, pool, memory, batch, context), context))
+    if pool.role != "decode":
+        most = min(pool.token_budget, _longest(catalogue, pool), memory.kv_tokens)
+        prefill = most if prefill is None else prefill
+        if prefill > most:
+            raise PlanError(f"prefill {prefill}: expected at most {most} tokens, what a step of the plan can hold")
+        if prefill:
+            steps.append(step.chunk(prefill))
+    return Explanation(pool, memory, tuple(steps))
+
+
+def _longest(catalogue: Catalogue, pool: Pool) -> int:
+    """Tokens of the longest request that model and plan accept."""
+    return min(pool.max_context_tokens, catalogue.model.max_context_tokens)
+
+
+def _sequences(catalogue: Catalogue, pool: Pool, memory: MemoryUse, batch: int | None, context: int) -> int:
+    """The batch of the decode step; raises PlanError where it cannot be."""
+    longest = _longest(catalogue, pool)
     if context > longest:
         raise PlanError(f"context {context}: expected at most {longest} tokens, the longest the plan accepts")
     fits = min(pool.max_seqs, pool.token_budget, memory.kv_tokens // context)
@@ -142,20 +175,11 @@ def explain(
             f"batch {batch} at context {context}: expected 1 to {fits} sequences (max_seqs {pool.max_seqs}, "
             f"{memory.kv_tokens} KV tokens); ask for a smaller batch or a shorter context"
         )
-    most = min(pool.token_budget, longest, memory.kv_tokens)
-    if prefill is None:
-        prefill = most
-    if prefill > most:
-        raise PlanError(f"prefill {prefill}: expected at most {most} tokens, what a step of the plan can hold")
-    step = _Step(catalogue, pool, spec.model)
-    steps = [step.decode(batch, context)]
-    if prefill:
-        steps.append(step.chunk(prefill))
-    return Explanation(pool, memory, tuple(steps))
+    return batch
 
 
-def _memory(catalogue: Catalogue, pool: Pool) -> MemoryUse:
-    memory, device = catalogue.memory(pool), catalogue.cluster.device
+def _memory(catalogue: Catalogue, pool: Pool, vision: Vision | None) -> MemoryUse:
+    memory, device = catalogue.require_fit(pool, vision), catalogue.cluster.device
     unused = device.memory_bytes * (1 - catalogue.engine.memory_fraction)
     return MemoryUse(
         memory.weights_bytes,
@@ -169,6 +193,39 @@ def _memory(catalogue: Catalogue, pool: Pool) -> MemoryUse:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Pricing:
+    """What prices operators on one device of a replica, and what it is compared with to say what they wait for."""
+
+    cost: CostModel
+    analytic: AnalyticCost
+    engine: Engine
+
+    def rows(self, found: Sequence[Operator]) -> list[Row]:
+        """Every operator once, in order of appearance."""
+        return _merged([self._row(op) for op in found])
+
+    def _row(self, op: Operator) -> Row:
+        """The operator's price and what it waits for."""
+        time_s, flops, nbytes = (
+            float(np.sum(value)) for value in (self.cost.time_s(op) * kept(op, self.engine), op.flops, op.bytes)
+        )
+        sources = self.cost.sources(op)
+        source = max(sources, key=lambda name: sources[name])
+        if not isinstance(op, Communication):
+            bound = _bound(op, self.analytic)
+            return Row(
+                op.name, _KINDS[type(op)], op.count, time_s, op.count * flops, op.count * nbytes, bound, source=source
+            )
+        lines = self.analytic.collective(op.kind, op.group).lines
+        if not lines:
+            return Row(op.name, op.kind, op.count, 0.0, 0.0, 0.0, "none")
+        line = min(lines, key=lambda line: line.latency_s + line.seconds_per_byte * nbytes)
+        link = line.link.split(",")[0]  # which of the alike links it is does not matter here
+        bound = link if line.seconds_per_byte * nbytes >= line.latency_s else f"latency of {link}"
+        return Row(op.name, op.kind, op.count, time_s, 0.0, op.count * nbytes, bound, line.algorithm, line.link, source)
+
+
 class _Step:
     """Steps of one replica of a pool; every attention group holds the same batch."""
 
@@ -177,8 +234,9 @@ class _Step:
         self.cluster: Cluster = catalogue.cluster
         self.mapping: Mapping = mapping_of(pool)
         self.precision: Precision = precision_of(pool)
-        self.cost = catalogue.prices(self.mapping)
-        self.analytic = AnalyticCost(self.cluster, self.mapping)
+        self.pricing = Pricing(
+            catalogue.prices(self.mapping), AnalyticCost(self.cluster, self.mapping), catalogue.engine
+        )
         self.table = table
 
     def decode(self, sequences: int, context: int) -> StepTimes:
@@ -219,7 +277,7 @@ class _Step:
             else:
                 sent = _one(tokens * self.model.hidden * ops.wire_bytes(self.precision))
                 found.append(Communication("stage transfer", "point-to-point", "pp", sent))
-        rows = _merged([self._row(op) for op in found])
+        rows = self.pricing.rows(found)
         rows.append(
             Row("scheduling and sampling", "host", 1, self.table.overhead_s(sampled, bool(batch[2])), 0.0, 0.0, "host")
         )
@@ -239,26 +297,6 @@ class _Step:
             sum(row.flops for row in rows) / (peak * time_s),
             moved / (device.memory_bytes_per_s * time_s),
         )
-
-    def _row(self, op: Operator) -> Row:
-        """The operator's price and what it waits for."""
-        time_s, flops, nbytes = (
-            float(np.sum(value)) for value in (self.cost.time_s(op) * kept(op, self.table.engine), op.flops, op.bytes)
-        )
-        sources = self.cost.sources(op)
-        source = max(sources, key=lambda name: sources[name])
-        if not isinstance(op, Communication):
-            bound = _bound(op, self.analytic)
-            return Row(
-                op.name, _KINDS[type(op)], op.count, time_s, op.count * flops, op.count * nbytes, bound, source=source
-            )
-        lines = self.analytic.collective(op.kind, op.group).lines
-        if not lines:
-            return Row(op.name, op.kind, op.count, 0.0, 0.0, 0.0, "none")
-        line = min(lines, key=lambda line: line.latency_s + line.seconds_per_byte * nbytes)
-        link = line.link.split(",")[0]  # which of the alike links it is does not matter here
-        bound = link if line.seconds_per_byte * nbytes >= line.latency_s else f"latency of {link}"
-        return Row(op.name, op.kind, op.count, time_s, 0.0, op.count * nbytes, bound, line.algorithm, line.link, source)
 
 
 _KINDS: dict[type, str] = {

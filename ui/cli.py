@@ -511,11 +511,11 @@ def explain_command(
     as_json: Json = False,
 ) -> None:
     """Show where the time of a step goes, operator by operator, and which resource binds it."""
-    from planner.explain import explain
+    from planner.explainplan import explain_plan
     from ui import jsonout, questions, rendering
 
     chosen, catalogue = questions.opened(plan, cost)
-    pools = [explain(catalogue, pool, batch=batch, context=context, prefill=prefill) for pool in chosen.serving]
+    pools = explain_plan(catalogue, chosen, batch=batch, context=context, prefill=prefill)
     if as_json:
         print(jsonout.dumps(jsonout.explanation_object(chosen, pools)))
         return

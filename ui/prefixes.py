@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, get_args
 
-from planner.plan import Plan, PrefixCaching
+from planner.plan import Plan, Pool, PrefixCaching
 from planner.planfile import check_plan
 from simulator.routers import ROUTERS
 from ui.questions import OptionError
@@ -33,16 +33,13 @@ def changed(
 ) -> Plan:
     """The plan with what was typed in place of its own; pools that compute no prompts keep no prefixes.
 
-    Raises OptionError for names that are unknown, PlanError for what contradicts itself.
+    Raises OptionError for names that are unknown and for what contradicts itself or the plan.
     """
-    typed: dict[str, Any] = {"host_kv_gb": host_kv_gb, "ssd_kv_gb": ssd_kv_gb}
-    typed["prefix_caching"] = None if prefix_caching is None else known_caching(prefix_caching)
-    fields = {name: value for name, value in typed.items() if value is not None}
-    if prefix_caching == "off":
-        fields = {"host_kv_gb": None, "ssd_kv_gb": None, **fields}
+    caching = None if prefix_caching is None else known_caching(prefix_caching)
     if router is not None and router not in ROUTERS:
         raise OptionError(f"--router {router}: expected one of {', '.join(ROUTERS)}")
-    pools = tuple(pool if pool.role in ("decode", "encode") else replace(pool, **fields) for pool in plan.pools)
+    pools = tuple(_pool(pool, caching, host_kv_gb, ssd_kv_gb) for pool in plan.pools)
+    _check_typed(plan, pools, caching, host_kv_gb, ssd_kv_gb, ssd_gb_per_s)
     found = replace(
         plan,
         pools=pools,
@@ -51,6 +48,50 @@ def changed(
     )
     check_plan(found)
     return found
+
+
+def _pool(pool: Pool, caching: PrefixCaching | None, host_kv_gb: float | None, ssd_kv_gb: float | None) -> Pool:
+    """The pool with what was typed; memory below the device only where prefixes are kept."""
+    if pool.role in ("decode", "encode"):
+        return pool
+    fields: dict[str, Any] = {} if caching is None else {"prefix_caching": caching}
+    if (caching or pool.prefix_caching) == "off":
+        return replace(pool, **fields, host_kv_gb=None, ssd_kv_gb=None)
+    typed = {"host_kv_gb": host_kv_gb, "ssd_kv_gb": ssd_kv_gb}
+    fields |= {name: value for name, value in typed.items() if value is not None}
+    return replace(pool, **fields)
+
+
+def _check_typed(
+    plan: Plan,
+    pools: tuple[Pool, ...],
+    caching: PrefixCaching | None,
+    host_kv_gb: float | None,
+    ssd_kv_gb: float | None,
+    ssd_gb_per_s: float | None,
+) -> None:
+    """Raise OptionError, naming the option, where the `pools` with what was typed contradict themselves."""
+    for index, pool in enumerate(pools):
+        if caching not in (None, "off") and pool.prefix_caching != "off" and pool.policy == "static":
+            raise OptionError(f"--prefix-caching {caching}: expected off, as pools[{index}] of the plan is static")
+    sizes = {"--host-kv-gb": host_kv_gb, "--ssd-kv-gb": ssd_kv_gb}
+    for option, size in sizes.items():
+        if size is not None and all(pool.prefix_caching == "off" for pool in pools):
+            raise OptionError(f"{option} {size:g}: expected a plan that keeps prefixes; add --prefix-caching lru")
+    if ssd_kv_gb is not None and ssd_gb_per_s is None and plan.ssd_gb_per_s is None:
+        raise OptionError(
+            f"--ssd-kv-gb {ssd_kv_gb:g}: expected with what a node's disks read and write in GB/s; add --ssd-gb-per-s"
+        )
+    if ssd_gb_per_s is not None and all(pool.ssd_kv_gb is None for pool in pools):
+        raise OptionError(f"--ssd-gb-per-s {ssd_gb_per_s:g}: expected a plan that keeps KV on disks; add --ssd-kv-gb")
+    for pool in pools:
+        host, ssd = pool.host_kv_gb, pool.ssd_kv_gb
+        if host is not None and ssd is not None and ssd < host:
+            option = "--host-kv-gb" if ssd_kv_gb is None else "--ssd-kv-gb"
+            raise OptionError(
+                f"{option} {sizes[option]:g}: expected disks to keep at least what host memory does, of which they "
+                f"keep all, not {ssd:g} and {host:g} GB"
+            )
 
 
 def note_on(plan: Plan, *, hashed: bool) -> str | None:

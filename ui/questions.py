@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import get_args
 
 from hwmodels.errors import ShardwiseError
-from hwmodels.hardware import Device, load_cluster
+from hwmodels.hardware import MAX_GPUS, Device, load_cluster
 from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, Precision
+from hwmodels.yamlfiles import is_path, shortened
 from planner import Plan, Question
 from planner.catalogue import Catalogue, format_problem, open_catalogue
 from planner.errors import PlanError
@@ -95,17 +96,19 @@ def numbers(option: str, text: str, most: int) -> tuple[int, ...]:
 def devices(hardware: str, gpus: int | None) -> dict[str, int]:
     """The devices at hand from `h100-sxm` with --gpus, or from a list such as `h100-sxm:16,a100-80-sxm:16`."""
     found: dict[str, int] = {}
-    listed = "," in hardware or hardware.rpartition(":")[2].isdecimal()
+    # What follows the last colon is a count, unless it is the rest of a path.
+    listed = "," in hardware or (":" in hardware and not is_path(hardware.rpartition(":")[2]))
     if not listed:
-        return {hardware: gpus or GPUS}
+        return {hardware: GPUS if gpus is None else gpus}
     if gpus is not None:
         raise OptionError(f"--hardware {hardware} with --gpus {gpus}: expected the counts in one place")
     for word in hardware.split(","):
         name, _, count = word.strip().rpartition(":")
-        if not name or not count.isdecimal() or len(count) > 7 or int(count) < 1 or name in found:
+        whole = count.isascii() and count.isdecimal() and len(count) <= 9
+        if not name or name in found or not whole or not 1 <= int(count) <= MAX_GPUS:
             raise OptionError(
-                f"--hardware {hardware}: {word!r} found, expected different names with counts, such as "
-                "h100-sxm:16,a100-80-sxm:16"
+                f"--hardware {shortened(hardware, 80)}: {shortened(word, 40)!r} found, expected different names with "
+                f"counts from 1 to {MAX_GPUS}, such as h100-sxm:16,a100-80-sxm:16"
             )
         found[name] = int(count)
     return found

@@ -253,11 +253,12 @@ def show_explanation(out: Console, plan: Plan, pools: Sequence[Explanation]) -> 
         rows = [[name, f"{size / GIB:.2f}", percent(size / memory.device_bytes)] for name, size in parts.items()]
         what = f"{part(found.pool)}{replicas(found.pool)}: memory of the fullest device"
         show_table(out, what, ["", "GiB", "share"], rows)
-        say(
-            out,
-            f"  {memory.kv_tokens:,} KV tokens ({memory.kv_blocks:,} blocks) for each scheduler, "
-            f"{memory.kv_bytes_per_token:,.0f} bytes a token on the device",
-        )
+        if memory.kv_blocks:
+            say(
+                out,
+                f"  {memory.kv_tokens:,} KV tokens ({memory.kv_blocks:,} blocks) for each scheduler, "
+                f"{memory.kv_bytes_per_token:,.0f} bytes a token on the device",
+            )
         for step in found.steps:
             _show_step(out, step)
 

@@ -2,58 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from math import ceil, floor, log10
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
 
 from simulator.result import Result
-from ui.latencyfigure import FAINT, GRID, INK, LETTER
-from ui.words import cut, percent, printable, scaled
+from ui.latencyfigure import FAINT, GRID
+from ui.timelinecharts import (
+    BOLD,
+    CHART,
+    CHART_GAP,
+    DECODE,
+    KV,
+    LEFT,
+    MIXED,
+    PREFILL,
+    QUEUE,
+    RIGHT,
+    ROLES,
+    WIDTH,
+    Axis,
+    charts,
+    encodes_before,
+    request_lines,
+    text,
+    wrapped,
+)
+from ui.words import at_hand, in_short, printable, scaled
 
 if TYPE_CHECKING:
     from planner.plan import Plan
 
-Floats = NDArray[np.float64]
-
-#: Of steps, and of the pools whose steps they mostly are; apart for every kind of colour vision.
-PREFILL, DECODE, MIXED, KV, QUEUE = "#d55e00", "#0072b2", "#aa4499", "#008a60", "#b6bdc9"
 PHASES = (("prefill", PREFILL), ("decode", DECODE), ("mixed", MIXED))
-#: Of a request, with how strong the colour is.
-REQUEST_PHASES = (
-    ("queue", QUEUE, 1.0),
-    ("prefill", PREFILL, 1.0),
-    ("room", QUEUE, 1.0),
-    ("transfer", KV, 1.0),
-    ("decode", DECODE, 0.45),
-)
-#: Roles from top to bottom, so that KV goes down.
-ROLES = {"prefill": PREFILL, "aggregated": FAINT, "mixed": MIXED, "decode": DECODE}
-#: Pixels: the picture, what is beside its lanes, where they begin, and the parts below them.
-WIDTH, LEFT, RIGHT, TOP, CHART, CHART_GAP = 960, 158, 26, 100, 46, 24
 #: Pixels between two lanes, between pools, and between pools that KV goes between.
 LANE_GAP, POOL_GAP, KV_GAP = 5.0, 14.0, 54.0
 #: Most that are drawn; more lanes and transfers are left out and counted, more bars are merged.
-REPLICAS, TRANSFERS, REQUESTS, BARS = 24, 300, 44, 2400
-#: Requests that arrive in the window where none is given.
-ARRIVALS = 30
-#: Pixels over which curves are averaged.
-BIN = 2.0
+REPLICAS, TRANSFERS, BARS = 24, 300, 2400
+#: Of a window where none is given: requests that arrive in it, steps and steps with prompts that end in it at least,
+#: and requests among them that have their first token in it at least.
+ARRIVALS, STEPS, PROMPTS, ANSWERED = 30, 24, 8, 3
+#: Share of the picture without steps from which on a lane says that there are none any more.
+SILENT = 0.2
+#: Pixels of a letter of the legend, and of the note behind it.
+LEGEND_LETTER, NOTE_LETTER = 7, 5.4
 
 
 def run_figure(result: Result, plan: Plan) -> str:
     """The middle of a run of a plan, see timeline_figure."""
-    pools = []
-    for pool in plan.pools:
-        role = "" if pool.role == "aggregated" else f"{pool.role} "
-        pools.append(f"{role}{pool.replicas} x {cut(pool)}" + (f" on {pool.hardware}" if pool.hardware else ""))
-    devices = " and ".join(f"{count} {name}" for name, count in plan.devices.items())
-    return timeline_figure(result, f"{plan.model} on {devices}: {' + '.join(pools)}")
+    return timeline_figure(result, f"{plan.model} on {at_hand(plan.devices)}: {in_short(plan)}")
 
 
 def timeline_figure(result: Result, title: str, *, window_s: tuple[float, float] | None = None) -> str:
@@ -71,103 +71,154 @@ def timeline_figure(result: Result, title: str, *, window_s: tuple[float, float]
     if not low < high:
         raise ValueError(f"window {low:g} s to {high:g} s: expected one that ends after it begins")
     title = printable(title)  # XML has no place for most control characters
-    axis = _Axis(low, high)
-    lanes, below = _lanes(result)
-    shown = {lane.replica for lane in lanes}
-    moved = _within(result.transfers, "ready_s", "landed_s", low, high)
+    axis = Axis(low, high)
+    moved = result.transfers
+    since_s = moved[["ready_s", "reserved_s"]].min(axis=1)  # layers go before the last of the prompt is computed
+    moved = moved[(moved["landed_s"] >= low) & (since_s <= high)]
+    ran = result.steps is None or len(result.steps) > 0 or bool(result.requests["finish_s"].notna().any())
+    told = _told(result, axis, moved) if ran else _idle(result)
+    head, y = [], 30.0
+    for line in wrapped(title, 16, 3, letter=BOLD):
+        head.append(text(26, y, line, size=16, weight=600))
+        y += 20
+    for line in wrapped(told, 12, 4):
+        head.append(text(26, y + 1, line, size=12, fill=FAINT))
+        y += 16
+    lanes, below = _lanes(result, y + (34 if ran else 8))
     bars = _steps(result, lanes, axis)
+    if ran:
+        present = [phase for phase in PHASES if any(f'class="{phase[0]}"' in bar for bar in bars)]
+        legend, lower = _legend(present, y + 12, kv=len(result.transfers) > 0, encoded=encodes_before(result))
+        if lower:
+            lanes, below = _lanes(result, y + 34 + lower)
+            bars = _steps(result, lanes, axis)
+        head += legend
     body = [*_pools(lanes), *bars, *_transfers(moved, lanes, axis)]
-    strip, below = _requests(result, axis, below + CHART_GAP)
-    body += strip
-    charts = list(_charts(result, axis))
-    bottom = below + CHART_GAP
-    for chart in charts:
-        body += chart.drawn(axis, bottom)
-        bottom += CHART + CHART_GAP
-    bottom -= CHART_GAP
-    tall = round(bottom + 52)
-    arrivals = int(result.requests["arrival_s"].between(low, high).sum())
-    told = f"{high - low:.3g} s of a run of {result.totals.makespan_s:.4g} s, in which {arrivals} requests arrive"
-    if len(result.transfers):
-        told += f" and KV goes {len(moved)} times to another replica"
-    told += "."
-    if result.totals.replicas > len(shown):
-        told += f" {len(shown)} of {result.totals.replicas} replicas are shown."
-    if len(moved) > TRANSFERS:
-        told += f" {TRANSFERS} transfers are shown."
-    present = [phase for phase in PHASES if any(f'class="{phase[0]}"' in bar for bar in bars)]
+    body += _silence(result, lanes, axis) if ran else _nothing(lanes, axis)
+    bottom = below
+    if ran:
+        strip, below = request_lines(result, axis, below + CHART_GAP)
+        body += strip
+        bottom = below + CHART_GAP
+        for chart in charts(result, axis):
+            body += chart.drawn(axis, bottom)
+            bottom += CHART + CHART_GAP
+        bottom -= CHART_GAP
+        head += axis.drawn(lanes[0].top - 6 if lanes else y, bottom)
+    tall = round(bottom + (52 if ran else 26))
+    ground = f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{tall - 1}" rx="10" fill="#ffffff" stroke="{GRID}"/>'
     clip = f'<clipPath id="window"><rect x="{LEFT}" y="0" width="{axis.wide}" height="{tall}"/></clipPath>'
-    head = [
-        f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{tall - 1}" rx="10" fill="#ffffff" stroke="{GRID}"/>',
-        _text(26, 30, title, size=_fitting(title, 16), weight=600),
-        _text(26, 51, told, size=_fitting(told, 12), fill=FAINT),
-        *_legend(present, kv=len(result.transfers) > 0),
-        *axis.drawn(TOP - 6, bottom),
-    ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {tall}" width="{WIDTH}" height="{tall}" '
         f'role="img" font-family="system-ui, -apple-system, \'Segoe UI\', Helvetica, Arial, sans-serif">\n'
         f"<title>{escape(title)}</title>\n<desc>{escape(told)}</desc>\n<defs>{clip}</defs>\n"
-        + "\n".join(head + body)
+        + "\n".join([ground, *head, *body])
         + "\n</svg>\n"
     )
 
 
+def _told(result: Result, axis: Axis, moved: pd.DataFrame) -> str:
+    """What the picture shows of the run, and what it does not."""
+    totals, encode = result.totals, result.encode
+    arrivals = int(result.requests["arrival_s"].between(axis.low, axis.high).sum())
+    said = (
+        f"{axis.high - axis.low:.3g} s of a run of {totals.makespan_s:.4g} s, in which {_counted(arrivals, 'request')} "
+    )
+    said += "arrives" if arrivals == 1 else "arrive"
+    if len(result.transfers):
+        said += f" and KV goes {'once' if len(moved) == 1 else f'{len(moved)} times'} to another replica"
+    parts = [said + "."]
+    if totals.replicas > REPLICAS:
+        parts.append(f"{REPLICAS} of {totals.replicas} replicas are shown.")
+    if len(moved) > TRANSFERS:
+        parts.append(f"{TRANSFERS} transfers are shown.")
+    if encode is not None:
+        where = f"{_counted(encode.workers, 'encode worker')} outside these lanes" if encode.workers else "prompt steps"
+        parts.append(f"Images are encoded {'by' if encode.workers else 'in'} {where}.")
+    rejected = int(result.requests["rejected"].sum())
+    if rejected:
+        parts.append(f"In the whole run {_counted(rejected, 'request')} {'was' if rejected == 1 else 'were'} rejected.")
+    if totals.requeued:
+        parts.append(f"In the whole run {_counted(totals.requeued, 'request')} started anew after failures.")
+    if totals.role_switches:
+        parts.append(
+            f"In the whole run {_counted(totals.role_switches, 'change')} of role; lanes are ordered by the roles at "
+            "its start."
+        )
+    return " ".join(parts)
+
+
+def _idle(result: Result) -> str:
+    """Why there is nothing to show."""
+    frame = result.requests
+    if not len(frame):
+        return "No request arrived."
+    rejected, count = int(frame["rejected"].sum()), len(frame)
+    if rejected == count:
+        return f"{'The only request was' if count == 1 else f'All {count:,} requests were'} rejected."
+    return f"None of {_counted(count, 'request')} was served; {rejected:,} rejected."
+
+
+def _nothing(lanes: Sequence[_Lane], axis: Axis) -> list[str]:
+    middle = LEFT + axis.wide / 2
+    return [
+        text(middle, lane.top + lane.height / 2 + 4, "no step ran", size=12, fill=FAINT, anchor="middle")
+        for lane in lanes
+    ]
+
+
+def _silence(result: Result, lanes: Sequence[_Lane], axis: Axis) -> list[str]:
+    """In the lanes of replicas that do nothing more, though requests arrive: since when."""
+    steps, parts = result.steps, []
+    if steps is None:
+        return []
+    ends = steps.groupby("replica")["end_s"].max()
+    newest_s = float(result.requests["arrival_s"].max())
+    for lane in lanes:
+        last_s = float(ends.get(lane.replica, axis.low))
+        since_s = max(last_s, axis.low)
+        if newest_s <= last_s or axis.high - since_s < SILENT * (axis.high - axis.low):
+            continue
+        said = f"no step after {last_s:.4g} s" if lane.replica in ends.index else "no step in the whole run"
+        parts.append(text(WIDTH - RIGHT - 6, lane.top + lane.height / 2 + 4, said, size=11, fill=FAINT, anchor="end"))
+    return parts
+
+
 def middle_s(result: Result, requests: int = ARRIVALS) -> tuple[float, float]:
-    """A stretch of the run around its middle arrival in which so many requests arrive; all of a shorter run."""
+    """A stretch of the run from around its middle arrival; all of a run of as few requests as `requests`.
+
+    So long that so many requests arrive, that STEPS steps end and PROMPTS with prompts in them, and that ANSWERED of
+    those requests have their first token, so far as the run goes.
+    """
     arrival_s = np.sort(result.requests["arrival_s"].to_numpy())
-    ends = [frame["end_s"].max() for frame in (result.steps,) if frame is not None and len(frame)]
+    steps = result.steps
+    ends = [steps["end_s"].max()] if steps is not None and len(steps) else []
     last_s = float(max([*arrival_s[-1:], *ends], default=0.0))
     if len(arrival_s) <= requests:
         first_s = float(arrival_s[0]) if len(arrival_s) else 0.0
         return first_s, last_s if last_s > first_s else first_s + 1.0
     start = (len(arrival_s) - requests) // 2
     low, high = float(arrival_s[start]), float(arrival_s[start + requests])
-    return low, high if high > low else low + max(last_s - low, 1.0)
+    if not high > low:
+        high = low + max(last_s - low, 1.0)
+    return low, max(high, min(last_s, _busy_until(result, low, high)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    """Time, from left to right."""
-
-    low: float
-    high: float
-
-    @property
-    def wide(self) -> float:
-        return float(WIDTH - LEFT - RIGHT)
-
-    @property
-    def pixels_per_s(self) -> float:
-        return self.wide / (self.high - self.low)
-
-    def x(self, time_s: ArrayLike) -> Floats:
-        """Pixels; times outside the window are at most a picture away from it."""
-        pixels = LEFT + (np.asarray(time_s, dtype=float) - self.low) * self.pixels_per_s
-        kept: Floats = np.clip(pixels, LEFT - WIDTH, 2 * WIDTH)
-        return kept
-
-    def drawn(self, top: float, bottom: float) -> list[str]:
-        parts = []
-        unit, scale = ("s", 1.0) if self.high - self.low >= 0.05 else ("ms", 1e-3)
-        for tick in _fine(self.low / scale, self.high / scale):
-            x = float(self.x(tick * scale))
-            parts.append(f'<path d="M{x:.1f} {top:.1f}V{bottom:.1f}" stroke="{GRID}"/>')
-            parts.append(_text(x, bottom + 17, f"{tick:.9g}", fill=FAINT, anchor="middle"))
-        parts.append(f'<path d="M{LEFT} {bottom:.1f}h{self.wide:.1f}" stroke="{FAINT}"/>')
-        return [*parts, _text(LEFT + self.wide / 2, bottom + 38, f"time, {unit}", anchor="middle")]
+def _busy_until(result: Result, low: float, high: float) -> float:
+    """When enough has happened since `low` to be seen, of steps and of the requests that arrive up to `high`."""
+    times_s = [low]
+    if result.steps is not None:
+        rows = result.steps[result.steps["start_s"] >= low].sort_values("end_s")
+        enough = np.flatnonzero(np.cumsum(rows["steps"].to_numpy()) >= STEPS)
+        prompts = rows["end_s"].to_numpy()[rows["prefill_tokens"].to_numpy() > 0]
+        times_s += rows["end_s"].to_numpy()[enough[:1]].tolist() + prompts[PROMPTS - 1 : PROMPTS].tolist()
+    own = result.requests[result.requests["arrival_s"].between(low, high)]
+    answered = np.sort(own["first_token_s"].dropna().to_numpy())
+    return float(max(times_s + answered[ANSWERED - 1 : ANSWERED].tolist()))
 
 
-def _fine(low: float, high: float) -> list[float]:
-    """Round numbers, exact also where the axis is short and far from 0.
-
-    >>> _fine(1000.0, 1000.5)
-    [1000.0, 1000.1, 1000.2, 1000.3, 1000.4, 1000.5]
-    """
-    raw = (high - low) / 9
-    unit = 10.0 ** floor(log10(raw))
-    step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= raw)
-    return [float(f"{i * step:.12g}") for i in range(ceil(low / step), floor(high / step) + 1)]
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +236,8 @@ class _Lane:
         return self.top + self.height
 
 
-def _lanes(result: Result) -> tuple[list[_Lane], float]:
-    """The replicas by role, and where they end."""
+def _lanes(result: Result, top: float) -> tuple[list[_Lane], float]:
+    """The replicas by role, from `top` down, and where they end."""
     totals = result.totals
     roles = totals.roles or ("aggregated",) * totals.replicas
     pools = {role: [i for i, own in enumerate(roles) if own == role] for role in ROLES}
@@ -199,7 +250,7 @@ def _lanes(result: Result) -> tuple[list[_Lane], float]:
     most = steps.groupby("replica")["lane"].max() + 1 if steps is not None and len(steps) else pd.Series(dtype=int)
     logged = dict(zip(most.index.tolist(), most.tolist(), strict=True))
     lanes: list[_Lane] = []
-    y = float(TOP)
+    y = top
     for role, replicas in pools.items():
         if replicas and lanes:
             y += KV_GAP if len(result.transfers) else POOL_GAP
@@ -220,21 +271,21 @@ def _pools(lanes: Sequence[_Lane]) -> list[str]:
             f'<rect x="{LEFT}" y="{lane.top:.1f}" width="{WIDTH - LEFT - RIGHT}" height="{lane.height:.1f}" '
             f'fill="{GRID}" fill-opacity="0.45"/>'
         )
-        parts.append(_text(LEFT - 8, middle, f"replica {lane.replica}", size=12, fill=FAINT, anchor="end"))
+        parts.append(text(LEFT - 8, middle, f"replica {lane.replica}", size=12, fill=FAINT, anchor="end"))
         if lane.role not in named and lane.role != "aggregated":
-            parts.append(_text(26, middle, lane.role, weight=600, fill=ROLES[lane.role]))
+            parts.append(text(26, middle, lane.role, weight=600, fill=ROLES[lane.role]))
         named.add(lane.role)
     return parts
 
 
-def _steps(result: Result, lanes: Sequence[_Lane], axis: _Axis) -> list[str]:
+def _steps(result: Result, lanes: Sequence[_Lane], axis: Axis) -> list[str]:
     """A group for every lane, and in it a path for every phase."""
     steps = result.steps
     if steps is None:
         middle = LEFT + axis.wide / 2
         return [
             f'<g class="lane" data-replica="{lane.replica}">'
-            + _text(middle, lane.top + lane.height / 2 + 4, "steps were not recorded", fill=FAINT, anchor="middle")
+            + text(middle, lane.top + lane.height / 2 + 4, "steps were not recorded", fill=FAINT, anchor="middle")
             + "</g>"
             for lane in lanes
         ]
@@ -273,7 +324,7 @@ def _steps(result: Result, lanes: Sequence[_Lane], axis: _Axis) -> list[str]:
     return parts
 
 
-def _bars(rows: pd.DataFrame, most: dict[str, int], axis: _Axis, least: float) -> list[tuple[float, float, float, int]]:
+def _bars(rows: pd.DataFrame, most: dict[str, int], axis: Axis, least: float) -> list[tuple[float, float, float, int]]:
     """Left, right, share of the height and phase; those narrower than `least` pixels join their neighbours."""
     rows = rows.sort_values("start_s")
     count = rows["steps"].to_numpy()
@@ -315,7 +366,7 @@ def _merged(left: float, right: float, held: Sequence[tuple[float, float, int]])
     return left, right, share, int(np.argmax(by_phase))
 
 
-def _transfers(moved: pd.DataFrame, lanes: Sequence[_Lane], axis: _Axis) -> list[str]:
+def _transfers(moved: pd.DataFrame, lanes: Sequence[_Lane], axis: Axis) -> list[str]:
     """A line for the KV of every request: along its source while it is computed or waits, then over to its target."""
     place = {lane.replica: lane for lane in lanes}
     moved = moved[moved["source"].isin(place) & moved["target"].isin(place)]
@@ -331,166 +382,21 @@ def _transfers(moved: pd.DataFrame, lanes: Sequence[_Lane], axis: _Axis) -> list
         since = place[source].bottom if down else place[source].top
         until = place[target].top if down else place[target].bottom
         early, left, sent, right = axis.x([min(ready, reserved), ready, max(ready, reserved), landed]).tolist()
-        bend = (until - since) / 2
-        line = f"M{sent:.1f} {since:.1f}C{sent:.1f} {since + bend:.1f} {right:.1f} {until - bend:.1f} {right:.1f} "
-        line += f"{until:.1f}"
-        waits = f'<path d="M{left:.1f} {since:.1f}H{sent:.1f}" stroke-dasharray="2 2"/>' if sent > left else ""
-        ahead = f'<path d="M{early:.1f} {since:.1f}H{left:.1f}" stroke-width="2.5"/>' if left > early else ""
+        edge, middle = float(WIDTH - RIGHT), (since + until) / 2
+        drawn = f'<path d="M{early:.1f} {since:.1f}H{left:.1f}" stroke-width="2.5"/>' if left > early else ""
+        drawn += f'<path d="M{left:.1f} {since:.1f}H{sent:.1f}" stroke-dasharray="2 2"/>' if sent > left else ""
+        if landed <= axis.high:
+            line = f"M{sent:.1f} {since:.1f}C{sent:.1f} {middle:.1f} {right:.1f} {middle:.1f} {right:.1f} {until:.1f}"
+            drawn += f'<path d="{line}"/><circle cx="{right:.1f}" cy="{until:.1f}" r="2" fill="{KV}"/>'
+        elif sent < edge:  # it is half-way when the window ends
+            drawn += f'<path d="M{sent:.1f} {since:.1f}C{sent:.1f} {middle:.1f} {sent:.1f} {middle:.1f} {edge:.1f} '
+            drawn += f'{middle:.1f}"/>'
         hint = ""
         if told:
             hint = f"<title>request {request}: {scaled(nbytes, 'B')}, {(landed - ready) * 1e3:.3g} ms</title>"
-        parts.append(
-            f'<g class="kv">{hint}{ahead}{waits}<path d="{line}"/>'
-            f'<circle cx="{right:.1f}" cy="{until:.1f}" r="2" fill="{KV}"/></g>'
-        )
+        parts.append(f'<g class="kv">{hint}{drawn}</g>')
     style = f'fill="none" stroke="{KV}" stroke-width="1.3" stroke-opacity="0.85" clip-path="url(#window)"'
     return [f'<g class="transfers" {style}>', *parts, "</g>"] if parts else []
-
-
-def _requests(result: Result, axis: _Axis, top: float) -> tuple[list[str], float]:
-    """A line for every request that arrives in the window: waits, prompt, KV under way, answer; and where they end."""
-    frame = result.requests
-    frame = frame[frame["arrival_s"].between(axis.low, axis.high) & frame["finish_s"].notna()].sort_values("arrival_s")
-    if not len(frame):
-        return [], top - CHART_GAP
-    title = "Requests"
-    if len(frame) > REQUESTS:
-        title = f"{REQUESTS} of {len(frame)} requests"
-        frame = frame.iloc[np.linspace(0, len(frame) - 1, REQUESTS).astype(int)]
-    moved = result.transfers[["request", "ready_s", "reserved_s", "landed_s"]]
-    ways = frame[["request", "arrival_s", "first_schedule_s", "first_token_s", "finish_s"]].merge(moved, how="left")
-    # KV that was sent anew after a failure is part of the answer, as what was computed anew is.
-    own = (ways["ready_s"] <= ways["first_token_s"]) & (ways["first_token_s"] <= ways["landed_s"])
-    ways = ways.assign(own=own).sort_values(["arrival_s", "request", "own"]).drop_duplicates("request", keep="last")
-    names = ("ready_s", "reserved_s", "landed_s")
-    ready_s, reserved_s, landed_s = (ways[name].where(ways["own"], ways["first_token_s"]) for name in names)
-    times = (ways["arrival_s"], ways["first_schedule_s"], ready_s, np.maximum(ready_s, reserved_s), landed_s)
-    edges = [axis.x(time_s) for time_s in (*times, ways["finish_s"])]
-    tall = max(2.5, min(5.0, 110 / len(ways)))
-    parts = [_text(26, top + 14, title, size=12, weight=600), _text(26, top + 30, "that arrive", size=12, fill=FAINT)]
-    parts.append('<g class="requests" clip-path="url(#window)">')
-    for (name, colour, strong), lefts, rights in zip(REQUEST_PHASES, edges[:-1], edges[1:], strict=True):
-        bars = "".join(
-            f"M{left:.1f} {top + i * tall:.1f}H{right:.1f}v{tall - 0.8:.1f}H{left:.1f}z"
-            for i, (left, right) in enumerate(zip(lefts.tolist(), rights.tolist(), strict=True))
-            if right > left
-        )
-        if bars:
-            parts.append(f'<path class="{name}" fill="{colour}" fill-opacity="{strong:g}" d="{bars}"/>')
-    return [*parts, "</g>"], top + len(ways) * tall
-
-
-@dataclass(frozen=True, slots=True)
-class _Chart:
-    """Curves over time on one scale: (name, colour, values of the bins)."""
-
-    name: str
-    unit: str
-    curves: Sequence[tuple[str, str, Floats]]
-    written: Callable[[float], str]
-    note: str = ""
-
-    def drawn(self, axis: _Axis, top: float) -> list[str]:
-        """Areas between 0 and a round number that holds them."""
-        highest = max((float(values.max()) for _, _, values in self.curves if len(values)), default=0.0)
-        scale = _above(highest)
-        bottom = top + CHART
-        parts = [
-            f'<g class="chart"><rect x="{LEFT}" y="{top:.1f}" width="{axis.wide:.1f}" height="{CHART}" fill="{GRID}" '
-            'fill-opacity="0.25"/>',
-            f'<path d="M{LEFT} {bottom:.1f}h{axis.wide:.1f}M{LEFT} {top:.1f}h{axis.wide:.1f}" stroke="{GRID}"/>',
-            _text(26, top + 18, self.name, size=12, weight=600),
-            _text(26, top + 34, self.unit, size=12, fill=FAINT),
-            _text(LEFT - 6, top + 8, self.written(scale), size=11, fill=FAINT, anchor="end"),
-            _text(LEFT - 6, bottom + 1, "0", size=11, fill=FAINT, anchor="end"),
-        ]
-        lines = []
-        for name, colour, values in self.curves:
-            heights = np.round(bottom - values / scale * CHART, 1)
-            changes = np.flatnonzero(np.diff(heights, prepend=bottom))
-            xs = LEFT + changes * (axis.wide / len(heights))
-            line = "".join(f"H{x:.1f}V{y:g}" for x, y in zip(xs, heights[changes], strict=True))
-            path = f"M{LEFT} {bottom:.1f}{line}H{WIDTH - RIGHT}"
-            parts.append(f'<path class="area" d="{path}V{bottom:.1f}z" fill="{colour}" fill-opacity="0.18"/>')
-            hint = f"<title>{escape(name)}</title>"
-            lines.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.2">{hint}</path>')
-        parts += lines
-        x = float(WIDTH - RIGHT)
-        for name, colour, _ in reversed(self.curves):
-            parts.append(_text(x, top - 5, name, size=11, fill=colour, anchor="end", weight=600))
-            x -= LETTER * 11 * len(name) + 14
-        if self.note:
-            parts.append(_text(LEFT, top - 5, self.note, size=11, fill=FAINT))
-        return [*parts, "</g>"]
-
-
-def _above(value: float) -> float:
-    """The round number that holds a value.
-
-    >>> _above(7.2), _above(0.031), _above(0.0)
-    (8.0, 0.04, 1.0)
-    """
-    if value <= 0:
-        return 1.0
-    unit = 10.0 ** floor(log10(value))
-    return next(float(f"{factor * unit:.6g}") for factor in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if factor * unit >= value)
-
-
-def _charts(result: Result, axis: _Axis) -> list[_Chart]:
-    """KV blocks of each pool, requests that wait, and KV under way."""
-    charts = []
-    totals, steps, requests, moved = result.totals, result.steps, result.requests, result.transfers
-    roles = np.array(totals.roles or ("aggregated",) * totals.replicas)
-    if steps is not None:
-        curves = []
-        for role in ROLES:
-            own = np.flatnonzero(roles == role)
-            blocks = sum(totals.lanes[i] * totals.kv_blocks[i] for i in own.tolist())
-            if blocks:
-                rows = steps[steps["replica"].isin(own)]
-                held = _means(axis, rows["start_s"], rows["end_s"], rows["kv_blocks"] / blocks)
-                curves.append((f"{role} pool" if role != "aggregated" else "all replicas", ROLES[role], held))
-        note = "while steps run" if len(moved) else ""
-        charts.append(_Chart("KV held", "of each pool", curves, lambda share: f"{share * 100:g} %", note))
-    served = requests[requests["first_schedule_s"].notna()]
-    waiting = _means(axis, served["arrival_s"], served["first_schedule_s"], np.ones(len(served)))
-    curves = [("from arrival to first step", PREFILL if len(moved) else FAINT, waiting)]
-    if len(moved):
-        room_s = moved[["ready_s", "reserved_s"]].max(axis=1)
-        curves.append(("for room to decode", KV, _means(axis, moved["ready_s"], room_s, np.ones(len(moved)))))
-    charts.append(_Chart("Waiting", "requests", curves, lambda count: f"{count:g}"))
-    if len(moved):
-        under_way_s = np.maximum(moved["landed_s"] - moved["reserved_s"], 1e-12)
-        rates = _means(axis, moved["reserved_s"], moved["landed_s"], moved["nbytes"] / under_way_s / 1e9)
-        charts.append(
-            _Chart("KV sent", "GB/s", [("all transfers", KV, rates)], lambda rate: f"{rate:g}", _busiest(result))
-        )
-    return charts
-
-
-def _busiest(result: Result) -> str:
-    links, lasted_s = result.links, result.totals.makespan_s
-    if not len(links) or lasted_s <= 0:
-        return ""
-    use = (links["carried_bytes"] / (links["bytes_per_s"] * lasted_s)).to_numpy()
-    link = links.iloc[int(use.argmax())]
-    rate = scaled(float(link["bytes_per_s"]), "B/s")
-    return f"busiest link over the whole run: {printable(link['name'])}, {percent(float(use.max()))} of {rate}"
-
-
-def _means(axis: _Axis, starts_s: ArrayLike, ends_s: ArrayLike, values: ArrayLike) -> Floats:
-    """Over every BIN of the axis, the mean of the sum of what holds from its start to its end."""
-    starts, ends, held = (np.asarray(array, dtype=float) for array in (starts_s, ends_s, values))
-    edges = np.linspace(axis.low, axis.high, int(axis.wide / BIN) + 1)
-    seen = (ends > axis.low) & (starts < axis.high)
-    begins, stops, held = np.maximum(starts[seen], axis.low), np.minimum(ends[seen], axis.high), held[seen]
-    times = np.concatenate([[axis.low], begins, stops, [axis.high]])
-    order = np.argsort(times, kind="stable")
-    sums = np.cumsum(np.concatenate([[0.0], held, -held, [0.0]])[order])
-    times = times[order]
-    integral = np.concatenate([[0.0], np.cumsum(sums[:-1] * np.diff(times))])
-    means: Floats = np.diff(np.interp(edges, times, integral)) / np.diff(edges)
-    return np.maximum(means, 0.0)
 
 
 def _within(frame: pd.DataFrame, since: str, until: str, low: float, high: float) -> pd.DataFrame:
@@ -498,35 +404,26 @@ def _within(frame: pd.DataFrame, since: str, until: str, low: float, high: float
     return frame[(frame[until] >= low) & (frame[since] <= high)]
 
 
-def _legend(present: Sequence[tuple[str, str]], *, kv: bool) -> list[str]:
-    parts, x, y = [], float(LEFT), 78
-    for name, colour in present:
-        text = {"prefill": "prompts", "decode": "decode", "mixed": "prompts and decode in one step"}[name]
-        parts.append(f'<rect x="{x:.1f}" y="{y - 10}" width="12" height="12" fill="{colour}"/>')
-        parts.append(_text(x + 18, y, text))
-        x += 44 + 7 * len(text)
-    if kv:
-        parts.append(f'<path d="M{x:.1f} {y - 4}h22" stroke="{KV}" stroke-width="1.6"/>')
-        parts.append(f'<circle cx="{x + 22:.1f}" cy="{y - 4}" r="2.4" fill="{KV}"/>')
-        parts.append(_text(x + 32, y, "KV to another replica"))
-        x += 58 + 7 * len("KV to another replica")
-    parts.append(f'<rect x="{x:.1f}" y="{y - 10}" width="12" height="12" fill="{QUEUE}"/>')
-    parts.append(_text(x + 18, y, "request waits"))
-    parts.append(
-        _text(WIDTH - RIGHT, y, "bars: steps in a row with one batch, as tall as it", size=11, fill=FAINT, anchor="end")
-    )
-    return parts
-
-
-def _fitting(text: str, size: int) -> int:
-    """The type size at which a text fits into the picture, at most `size`."""
-    return max(8, min(size, int((WIDTH - 2 * 26) / (LETTER * 0.92 * max(1, len(text))))))
-
-
-def _text(
-    x: float, y: float, text: str, *, size: int = 13, fill: str = INK, anchor: str = "start", weight: int = 400
-) -> str:  # fmt: skip
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}" '
-        f'fill="{fill}">{escape(text)}</text>'
-    )
+def _legend(present: Sequence[tuple[str, str]], y: float, *, kv: bool, encoded: bool) -> tuple[list[str], float]:
+    """What the colours mean, from y down, and how far beyond one line it goes."""
+    named = {"prefill": "prompts", "decode": "decode", "mixed": "prompts and decode in one step"}
+    entries = [(colour, named[name]) for name, colour in present]
+    entries += [(KV, "KV to another replica")] if kv else []
+    entries.append((QUEUE, "request waits or is encoded" if encoded else "request waits"))
+    note = "bars: steps in a row with one batch, as tall as it"
+    parts, x, first = [], float(LEFT), y
+    for colour, said in entries:
+        wide = 18 + LEGEND_LETTER * len(said)
+        if x + wide > WIDTH - RIGHT:
+            x, y = float(LEFT), y + 20
+        if colour == KV:
+            parts.append(f'<path d="M{x:.1f} {y - 4}h14" stroke="{KV}" stroke-width="1.6"/>')
+            parts.append(f'<circle cx="{x + 12:.1f}" cy="{y - 4}" r="2.4" fill="{KV}"/>')
+        else:
+            parts.append(f'<rect x="{x:.1f}" y="{y - 10}" width="12" height="12" fill="{colour}"/>')
+        parts.append(text(x + 18, y, said))
+        x += wide + 22
+    if x + NOTE_LETTER * len(note) > WIDTH - RIGHT:
+        y += 18
+    parts.append(text(WIDTH - RIGHT, y, note, size=11, fill=FAINT, anchor="end"))
+    return parts, y - first

@@ -192,6 +192,11 @@ def common_notes(plan: Plan, replicas: Sequence[Replica], scripted: bool = True)
         notes.append("KV goes between nodes: their NICs need RDMA for the rates that were planned with.")
     if not plan.disaggregated and any(pool.role == "mixed" for pool in plan.pools):
         notes.append("Mixed pools without prefill and decode pools beside them serve whole requests.")
+    if plan.role_switch_s is not None:
+        notes.append(
+            f"role_switch_s {plan.role_switch_s:g} is not exported: replicas keep the roles they start with, "
+            "those of the plan change theirs with the queues."
+        )
     return notes
 
 

@@ -1,11 +1,16 @@
-"""explain: the operators of a step add up to what the simulations' table says, and every one waits for something."""
+"""explain: the operators of a step add up to what the simulations' table says, and every one waits for something.
+
+Each pool has the steps of its role, and the memory that simulations of the plan count with.
+"""
 
 import pytest
 
+from hwmodels.errors import OutOfMemoryError
 from planner.catalogue import open_catalogue
 from planner.errors import PlanError
 from planner.explain import explain
-from planner.plan import Pool
+from planner.explainplan import explain_plan
+from planner.plan import Plan, Pool
 
 POOLS = {
     "one device": ("llama-3.1-8b", 1, Pool(1)),
@@ -79,3 +84,74 @@ def test_what_the_plan_cannot_run_is_refused():
     decode, prefill = explain(catalogue, pool).steps
     assert (decode.tokens, prefill.tokens) == (8, 512)
     assert len(explain(catalogue, pool, prefill=0).steps) == 1
+
+
+PREFILL = Pool(2, tp=2, role="prefill", token_budget=8192)
+TWO_KINDS = Plan(
+    "llama-3.1-70b",
+    "h100-sxm",
+    4,
+    (PREFILL, Pool(1, tp=8, role="decode", max_seqs=1024, hardware="a100-80-sxm")),
+    also={"a100-80-sxm": 8},
+)
+EIGHT = Pool(1, role="prefill"), Pool(1, role="decode")
+PLANS = {
+    "two kinds of devices": TWO_KINDS,
+    "encoder beside the model": Plan("llama-3.1-8b", "h100-sxm", 2, EIGHT, encoder="qwen2-vl-7b"),
+    "encode pool": Plan(
+        "llama-3.1-8b", "h100-sxm", 3, (*EIGHT, Pool(1, role="encode", batch_tiles=4)), encoder="qwen2-vl-7b"
+    ),
+    "shares": Plan("llama-3.1-8b", "h100-sxm", 1, (Pool(1, sharing="nexus"),)),
+}
+
+
+def opened(plan):
+    return open_catalogue(plan.model, plan.hardware, plan.gpus, "vllm", also=plan.also)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_memory_and_steps_are_those_of_simulations(name):
+    plan = PLANS[name]
+    catalogue = opened(plan)
+    specs = iter(catalogue.deployment(plan).replicas)
+    for pool, found in zip(plan.pools, explain_plan(catalogue, plan), strict=True):
+        assert found.pool == pool
+        own = catalogue.of(pool).cluster.device
+        memory = found.memory
+        assert memory.device_bytes == own.memory_bytes
+        parts = memory.weights_bytes + memory.activations_bytes + memory.engine_bytes + memory.kv_bytes
+        assert parts == pytest.approx(memory.device_bytes)
+        if pool.role == "encode":
+            continue
+        simulated = [next(specs) for _ in range(pool.replicas)]
+        assert {spec.kv_blocks for spec in simulated} == {memory.kv_blocks}
+        for step in found.steps:
+            assert step.time_s == pytest.approx(step.step_model_s, rel=0.03)
+    assert next(specs, None) is None
+
+
+def test_a_pool_has_the_steps_of_its_role():
+    catalogue = opened(TWO_KINDS)
+    prefill, decode = explain_plan(catalogue, TWO_KINDS, context=2000)
+    assert [step.title for step in prefill.steps] == ["prefill step of 8192 tokens"]
+    assert [step.title for step in decode.steps] == ["decode step of 64 sequences at context 2000"]
+    # What one role cannot run is no matter for the other: a prefill pool keeps no 1000 sequences.
+    assert explain_plan(catalogue, TWO_KINDS, batch=512)[1].steps[0].tokens == 512
+    assert explain_plan(catalogue, TWO_KINDS, prefill=0)[0].steps == ()
+    mixed = explain(open_catalogue("llama-3.1-8b", "h100-sxm", 1, "vllm"), Pool(1, role="mixed"))
+    assert len(mixed.steps) == 2
+
+
+def test_an_encode_worker_has_a_batch_of_tiles():
+    plan = PLANS["encode pool"]
+    found = explain_plan(opened(plan), plan)[2]
+    (step,) = found.steps
+    assert step.title.startswith("batch of 4 tiles")
+    assert step.time_s == pytest.approx(step.step_model_s, rel=1e-6)
+    assert 0 < step.mfu <= 1 and 0 < step.mbu <= 1
+    assert found.memory.kv_blocks == 0 and found.memory.weights_bytes > 1e9
+    with pytest.raises(OutOfMemoryError, match="batch_tiles of at most"):
+        large = Plan(
+            plan.model, plan.hardware, 3, (*EIGHT, Pool(1, role="encode", batch_tiles=10**7)), encoder=plan.encoder
+        )
+        explain_plan(opened(plan), large)

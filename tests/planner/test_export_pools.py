@@ -207,6 +207,15 @@ def test_the_version_is_said_with_the_transfer(engine):
     )
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_roles_that_change_are_noted(engine):
+    switching = Plan(PLAN.model, PLAN.hardware, PLAN.gpus, PLAN.pools, role_switch_s=0.7)
+    told = [[note for note in export(plan, engine).notes if "role_switch_s" in note] for plan in (PLAN, switching)]
+    assert told[0] == []
+    (note,) = told[1]
+    assert "role_switch_s 0.7 is not exported" in note
+
+
 def changed(prefill=(), decode=(), model="org/m"):
     """The plan with other pools, on enough devices."""
     pools = (Pool(**{"replicas": 1, "role": "prefill", **dict(prefill)}),)

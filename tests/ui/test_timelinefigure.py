@@ -7,11 +7,13 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.plan import Plan, Pool
+from simulator.encode import EncodeUse
 from simulator.result import (
     STEP_COLUMNS,
     Result,
@@ -22,8 +24,9 @@ from simulator.result import (
     step_frame,
     transfer_frame,
 )
-from ui import timelinefigure
-from ui.timelinefigure import LEFT, RIGHT, WIDTH, middle_s, run_figure, timeline_figure
+from ui import timelinecharts, timelinefigure
+from ui.timelinecharts import LEFT, RIGHT, WIDTH
+from ui.timelinefigure import middle_s, run_figure, timeline_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 NASTY = "a & b <i>\"c\"</i> ]]> 'd'"
@@ -143,9 +146,13 @@ def test_every_transfer_of_the_window_is_drawn_once(low: float, wide: float) -> 
         drawn, result.transfers["ready_s"][seen], result.transfers["landed_s"][seen], strict=True
     ):
         dot = group.find(f"{SVG}circle")
+        line = [path.get("d") or "" for path in group.iter(f"{SVG}path") if "C" in (path.get("d") or "")]
+        if landed_s > high:
+            assert dot is None
+            assert all(float(path.split()[-2]) == WIDTH - RIGHT for path in line)
+            continue
         assert dot is not None
         assert float(dot.get("cx", "")) == pytest.approx(place(landed_s, (low, high)), abs=0.06)
-        line = [path.get("d") or "" for path in group.iter(f"{SVG}path") if "C" in (path.get("d") or "")]
         assert len(line) == 1
         assert float(line[0][1:].split()[0]) == pytest.approx(place(ready_s, (low, high)), abs=0.06)
 
@@ -156,6 +163,23 @@ def test_kv_that_waits_and_kv_that_goes_early_are_told_apart() -> None:
     early, late = (list(group.iter(f"{SVG}path")) for group in groups(svg, "kv"))
     assert [path.get("stroke-dasharray") for path in early] == [None, None]
     assert [path.get("stroke-dasharray") for path in late] == ["2 2", None]
+
+
+def test_kv_under_way_when_the_window_ends_is_drawn_to_its_edge() -> None:
+    rows = [
+        (0, 0, 2, 1e9, 1.0, 1.0, 9.0),  # sent, not there yet
+        (1, 1, 2, 1e9, 3.0, 1.0, 3.5),  # layers go while the prompt is computed
+        (2, 0, 2, 1e9, 1.0, 3.0, 4.0),  # waits for room
+        (3, 0, 2, 1e9, 3.0, 2.5, 3.2),  # later
+    ]
+    svg = timeline_figure(pooled(4, transfers=transfer_frame(rows)), "run", window_s=(0.0, 2.0))
+    sent, ahead, waits = (list(group.iter(f"{SVG}path")) for group in groups(svg, "kv"))
+    assert [len(paths) for paths in (sent, ahead, waits)] == [1, 1, 1]
+    assert float((sent[0].get("d") or "").split()[-2]) == WIDTH - RIGHT
+    assert (ahead[0].get("stroke-width"), waits[0].get("stroke-dasharray")) == ("2.5", "2 2")
+    for path in (*ahead, *waits):
+        assert float((path.get("d") or "").partition("H")[2]) > WIDTH - RIGHT
+    assert "KV goes 3 times" in svg
 
 
 def test_what_is_left_out_is_said() -> None:
@@ -177,8 +201,8 @@ def test_a_whole_run_is_a_small_file_too(decodes: int) -> None:
 
 
 def test_bytes_are_conserved_and_means_are_means() -> None:
-    axis = timelinefigure._Axis(0.0, 10.0)
-    rates = timelinefigure._means(axis, [1.0, 2.5, -5.0, 9.9], [2.0, 2.5001, 1.0, 30.0], [3.0, 1e4, 2.0, 5.0])
+    axis = timelinecharts.Axis(0.0, 10.0)
+    rates = timelinecharts.means(axis, [1.0, 2.5, -5.0, 9.9], [2.0, 2.5001, 1.0, 30.0], [3.0, 1e4, 2.0, 5.0])
     assert rates.sum() * 10.0 / len(rates) == pytest.approx(3.0 + 1.0 + 2.0 + 0.5)
     assert rates[0] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(5.0)
@@ -193,6 +217,92 @@ def test_the_middle_of_a_run() -> None:
     together = pooled(100, every_s=0.0)
     low, high = middle_s(together)
     assert low == 0.0 < high
+
+
+def test_the_window_of_a_congested_run_holds_steps_and_answers() -> None:
+    count = 1000
+    arrival_s = 0.001 * np.arange(count)
+    ends_s = 0.5 * np.arange(1, count + 1)
+    steps = [{"start_s": end - 0.5, "end_s": end, "steps": 1, "prefill_tokens": 50, "kv_blocks": 10} for end in ends_s]
+    requests = request_frame(
+        arrival_s=arrival_s, first_schedule_s=ends_s - 0.5, first_token_s=ends_s, finish_s=ends_s,
+        prompt_tokens=np.full(count, 50), output_tokens=np.full(count, 1), rejected=np.zeros(count, dtype=bool),
+    )  # fmt: skip
+    one = totals(("aggregated",))
+    jammed = pooled(4, requests=requests, steps=log(steps), totals=one, transfers=transfer_frame([]))
+    low, high = middle_s(jammed)
+    assert low == pytest.approx(0.485)
+    in_it = requests["arrival_s"].between(low, high) & (requests["first_token_s"] <= high)
+    assert in_it.sum() >= timelinefigure.ANSWERED
+    assert (
+        jammed.steps["start_s"].between(low, high) & (jammed.steps["end_s"] <= high)
+    ).sum() >= timelinefigure.PROMPTS
+    quick = replace(jammed, requests=requests.assign(first_token_s=arrival_s))
+    low, high = middle_s(quick)
+    assert high - low == pytest.approx(timelinefigure.STEPS * 0.5, abs=0.5)
+
+
+def texts(svg: str) -> list[ET.Element]:
+    return list(ET.fromstring(svg).iter(f"{SVG}text"))
+
+
+@pytest.mark.parametrize("title", ["one " * 80, "x" * 700, "a title of usual length"])
+def test_no_line_of_words_goes_over_the_edge(title: str) -> None:
+    use = EncodeUse(workers=3, requests=10, tiles=40, use=0.5, wait_mean_s=0.1, mean_s=0.2)
+    both = pooled().steps.assign(decode_sequences=lambda rows: np.where(rows["start_s"] % 1 < 0.5, 3, 0))
+    many = pooled(
+        encode=use,
+        steps=pd.concat([both, pooled().steps]),
+        totals=replace(totals(("prefill", "prefill", "decode")), requeued=12, role_switches=1234),
+        links=link_frame([NASTY * 10], [1e9], [1e9]),
+    )
+    svg = timeline_figure(many, title)
+    for element in texts(svg):
+        letter = timelinecharts.BOLD if element.get("font-weight") == "600" else timelinecharts.PLAIN
+        wide = len(element.text or "") * int(element.get("font-size", "")) * letter
+        x = float(element.get("x", ""))
+        at = {"start": x, "middle": x - wide / 2, "end": x - wide}[element.get("text-anchor", "")]
+        assert at >= 0 and at + wide <= WIDTH, element.text
+    tops = [float(lane.get("y", "")) for lane in ET.fromstring(svg).iter(f"{SVG}rect") if lane.get("fill-opacity")]
+    lines = [float(element.get("y", "")) for element in texts(svg) if element.get("x") == "26.0"]
+    assert sorted(lines)[1] < min(tops)
+
+
+def test_failures_roles_and_encoders_are_said() -> None:
+    usual = timeline_figure(pooled(), "run")
+    assert not any(word in usual for word in ("anew", "change", "encode", "no step after"))
+    assert "request waits<" in usual
+    lost = replace(totals(("prefill", "prefill", "decode")), requeued=1, role_switches=2)
+    svg = timeline_figure(pooled(totals=lost), "run")
+    assert "1 request started anew after failures" in svg and "2 changes of role" in svg
+    workers = EncodeUse(workers=3, requests=10, tiles=40, use=0.5, wait_mean_s=0.1, mean_s=0.2)
+    outside = timeline_figure(pooled(encode=workers), "run")
+    assert "request waits or is encoded" in outside and "by 3 encode workers outside these lanes" in outside
+    inside = timeline_figure(pooled(encode=EncodeUse(0, 10, 40, 0.5)), "run")
+    assert "request waits<" in inside and "Images are encoded in prompt steps" in inside
+
+
+def test_a_lane_without_further_steps_says_since_when() -> None:
+    whole = pooled()
+    steps = whole.steps[~((whole.steps["replica"] == 1) & (whole.steps["end_s"] > 51.0))]
+    last_s = steps[steps["replica"] == 1]["end_s"].max()
+    said = [element.text for element in texts(timeline_figure(replace(whole, steps=steps), "run", window_s=(50, 55)))]
+    assert said.count(f"no step after {last_s:.4g} s") == 1
+    assert sum(text is not None and "no step" in text for text in said) == 1
+
+
+def test_a_run_that_served_nothing_is_an_empty_picture() -> None:
+    nan = float("nan")
+    requests = request_frame(
+        arrival_s=[1.0, 1.7], first_schedule_s=[nan] * 2, first_token_s=[nan] * 2, finish_s=[nan] * 2,
+        prompt_tokens=[4, 4], output_tokens=[4, 4], rejected=[True] * 2, replica=[-1] * 2,
+    )  # fmt: skip
+    nothing = replace(totals(("prefill", "decode")), makespan_s=0.0)
+    empty = pooled(4, requests=requests, steps=log([]), totals=nothing, transfers=transfer_frame([]))
+    svg = timeline_figure(empty, "run")
+    assert "All 2 requests were rejected." in svg and "no step ran" in svg
+    assert "of a run of" not in svg and not groups(svg, "chart")
+    assert len(groups(svg, "lane")) == 2
 
 
 def test_no_word_is_taken_for_markup() -> None:
@@ -243,5 +353,8 @@ def test_the_title_says_what_runs() -> None:
     pools = (Pool(2, tp=4, role="prefill"), Pool(1, tp=8, role="decode", hardware="a100-80-sxm"))
     plan = Plan("llama-3.1-70b", "h100-sxm", 8, pools, also={"a100-80-sxm": 8})
     svg = run_figure(pooled(), plan)
-    said = "llama-3.1-70b on 8 h100-sxm and 8 a100-80-sxm: prefill 2 x tp=4 + decode 1 x tp=8 on a100-80-sxm"
+    said = "llama-3.1-70b on 8 x h100-sxm and 8 x a100-80-sxm: 2 x prefill tp=4 + 1 x decode on a100-80-sxm tp=8"
     assert ET.fromstring(svg).findtext(f"{SVG}title") == said
+    shared = Plan("llama-3.1-8b", "h100-sxm", 4, (Pool(4, sharing="nexus"),))
+    svg = run_figure(pooled(), shared)
+    assert ET.fromstring(svg).findtext(f"{SVG}title") == "llama-3.1-8b on 4 x h100-sxm: 4 x nexus tp=1"
