@@ -11,7 +11,7 @@ from planner.placing import placed
 from planner.plan import Plan
 from simulator.deployment import ReplicaSpec
 from simulator.handover import Handover
-from simulator.transfers import MOONCAKE_SGLANG, MOONCAKE_VLLM, KvSide, Route, Routes, TransferEngine
+from simulator.transfers import MOONCAKE_SGLANG, MOONCAKE_VLLM, KvSide, Route, Routes, TransferEngine, TransferError
 
 #: What the software adds to the links, by the engine whose kernels are used; fitted to vLLM where nothing is published.
 SOFTWARE: Mapping[str, TransferEngine] = {"sglang": MOONCAKE_SGLANG}
@@ -28,6 +28,7 @@ def handover_of(
 
     Raises PlanError where the replicas have no room, TransferError where two pools cannot exchange KV.
     """
+    _check_alike(plan)
     names = list(clusters)
     network = Interconnect([clusters[name] for name in names])
     pools = [pool for pool in plan.pools for _ in range(pool.replicas)]
@@ -53,3 +54,21 @@ def handover_of(
             if source != target:
                 route(source, 0, target, 0)
     return Handover(network.bytes_per_s.tolist(), network.names, route, len(model.layers), plan.transfer)
+
+
+def _check_alike(plan: Plan) -> None:
+    """Raise TransferError, naming the two pools, where one could not read the KV of another that it is to get."""
+    for first, source in enumerate(plan.pools):
+        for second, target in enumerate(plan.pools):
+            if first == second or source.role not in ("prefill", "mixed") or target.role not in ("decode", "mixed"):
+                continue
+            if source.kv != target.kv:
+                raise TransferError(
+                    f"pools[{first}] keeps KV in {source.kv} and pools[{second}] in {target.kv}: expected one format; "
+                    "give both the same kv"
+                )
+            if source.block_tokens != target.block_tokens:
+                raise TransferError(
+                    f"pools[{first}] has KV blocks of {source.block_tokens} tokens and pools[{second}] of "
+                    f"{target.block_tokens}: expected one size; give both the same block_tokens"
+                )

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from hwmodels.hardware import MAX_GPUS
 from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS
 from hwmodels.wholefile import whole_file
 from hwmodels.yamlfiles import dumped, plain, shortened
@@ -31,6 +32,16 @@ _FORMATS: dict[str, list[str]] = {
     "activations": list(DTYPE_BYTES),
     "kv": list(DTYPE_BYTES),
 }
+#: What stands for keys that are no single value.
+_SHAPES = {
+    "pools": "a list of pools such as [{replicas: 1}]",
+    "stages": "a list of layer counts such as [40, 40]",
+    "shares": "two numbers such as [0.6, 1.0]",
+    "targets_s": "two times in seconds such as [2.0, 0.05]",
+    "also": "names of profiles with counts such as {l4: 2}",
+}
+#: Bounds of a pool's share of the requests, and of the time to change roles: beyond them sums and clocks lose digits.
+_SHARE, _ROLE_SWITCH_S = (1e-9, 1e9), 1e6
 _LIMITS = ("max_seqs", "token_budget", "block_tokens", "max_context_tokens", "batch_tiles")
 
 
@@ -78,16 +89,22 @@ def _problems(plan: Plan) -> Iterator[str]:
             yield f"{key} is {value!r}, expected a name or a path of printable characters"
     if plan.gpus < 1:
         yield f"gpus is {plan.gpus}, expected at least 1"
+    if plan.gpus > MAX_GPUS:
+        yield f"gpus is {plan.gpus}, expected at most {MAX_GPUS}"
     if not plan.pools:
         yield "pools is empty, expected at least one pool of replicas"
     for index, pool in enumerate(plan.pools):
         for problem in _pool_problems(pool):
             yield f"pools[{index}].{problem}"
-    if plan.role_switch_s is not None and not (isfinite(plan.role_switch_s) and plan.role_switch_s >= 0):
-        yield f"role_switch_s is {plan.role_switch_s}, expected a finite time of at least 0"
+    if plan.role_switch_s is not None and not 0 <= plan.role_switch_s <= _ROLE_SWITCH_S:
+        yield f"role_switch_s is {plan.role_switch_s}, expected a finite time of at least 0 and at most 1e6"
     for name, gpus in plan.also.items():
+        if not name or not name.isprintable():
+            yield f"also has the name {name!r}, expected a name or a path of printable characters"
         if gpus < 1 or name == plan.hardware:
             yield f"also[{name!r}] is {gpus}, expected at least 1 device of another profile than hardware"
+        if gpus > MAX_GPUS:
+            yield f"also[{name!r}] is {gpus}, expected at most {MAX_GPUS} devices"
     for name, gpus in plan.devices.items():
         used = sum(pool.gpus for pool in plan.pools if plan.hardware_of(pool) == name)
         if used > gpus:
@@ -135,6 +152,10 @@ def _pool_problems(pool: Pool) -> Iterator[str]:
         value = getattr(pool, key)
         if value not in known and (key, value) != ("experts", None):
             yield f"{key} is {value!r}, expected one of {', '.join(known)}"
+    if pool.hardware is not None and (not pool.hardware or not pool.hardware.isprintable()):
+        yield f"hardware is {pool.hardware!r}, expected a profile's name or path, or null for the plan's"
+    if pool.share is not None and not _SHARE[0] <= pool.share <= _SHARE[1]:
+        yield f"share is {pool.share}, expected a finite number above 0, from {_SHARE[0]:g} to {_SHARE[1]:g}"
     yield from _sharing_problems(pool)
     yield from _caching_problems(pool)
     if pool.stages is not None and (len(pool.stages) != pool.pp or min(pool.stages, default=0) < 1):
@@ -195,7 +216,10 @@ def _load(source: str) -> dict[str, Any]:
     try:
         data = plain(text)
     except ValueError as error:
-        raise PlanError(f"{source}: {shortened(str(error))}, expected YAML") from None
+        told = shortened(str(error))
+        keys = "expected a word" in told
+        way_out = "; give each key once, and in quotes where it is a number" if keys else ", expected YAML"
+        raise PlanError(f"{source}: {told}{way_out}") from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         kind = "empty" if data is None else "not a mapping of names"
         raise PlanError(f"{source}: is {kind}, expected keys such as {', '.join(_KEYS[Plan][:4])}")
@@ -206,14 +230,24 @@ def _first(error: ValidationError) -> str:
     """The first thing pydantic found wrong, as `key is value, expected ...`."""
     detail = error.errors(include_url=False)[0]
     location = detail["loc"]
+    keys = [part for part in location if isinstance(part, str)]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    if keys[:1] == ["also"] and len(location) > 1:
+        name = f"also[{location[1]!r}]"
     kind, value = detail["type"], detail.get("input")
+    shown = shortened(repr(value), 60)
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
         known = _KEYS[Pool if location[0] == "pools" and len(location) > 1 else Plan]
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{name} is an unknown key (value {value!r}), expected one of {', '.join(known)}{hint}"
+        return f"{name} is an unknown key (value {shown}), expected one of {', '.join(known)}{hint}"
+    if kind == "missing" and keys and location[-1] != keys[-1]:  # an item of a list that is too short
+        return f"{name.rpartition('[')[0]} is {shown}, expected {_SHAPES.get(keys[-1], 'more items')}"
+    if kind in {"tuple_type", "dict_type", "too_long", "too_short"} and keys and location[-1] == keys[-1] in _SHAPES:
+        return f"{name} is {shown}, expected {_SHAPES[keys[-1]]}"
+    if kind == "dataclass_type":
+        return f"{name} is {shown}, expected keys such as {', '.join(_KEYS[Pool][:4])}"
     if kind in {"missing", "missing_argument"}:
         return f"{name} is missing, expected {', '.join(_KEYS[Pool if 'pools' in location else Plan])}"
     message = detail["msg"].removeprefix("Input should be ").rstrip(".")
-    return f"{name} is {value!r}, expected {message}"
+    return f"{name} is {shown}, expected {message}"

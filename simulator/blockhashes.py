@@ -99,8 +99,9 @@ class BlockHashes:
             at = int(np.argmin(same))
             request = int(np.searchsorted(self.offsets, at, side="right")) - 1
             shown = ["no block" if first_block[place] else f"block {before[place]}" for place in (at, int(origin[at]))]
+            where = "in an earlier request" if origin[at] < self.offsets[request] else "where it was first"
             raise TraceError(
-                f"request {request}: block {self.ids[at]} follows {shown[0]}, {shown[1]} in an earlier request; "
+                f"request {request}: block {self.ids[at]} follows {shown[0]}, {shown[1]} {where}; "
                 "expected ids that stand for the whole prefix"
             )
 

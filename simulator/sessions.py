@@ -68,6 +68,52 @@ def descended(
     return BlockHashes(ids, offsets, block_tokens)
 
 
+class TurnError(TraceError):
+    """A turn that cannot follow what was said: `request` is its position, `problem` what is wrong with it."""
+
+    def __init__(self, label: object, turn: int, request: int, problem: str) -> None:
+        super().__init__(f"session {label!r}, turn {turn} (request {request}): {problem}")
+        self.request, self.problem = request, problem
+
+
+def chained(
+    session: ArrayLike, turn: ArrayLike, prompt_tokens: ArrayLike, output_tokens: ArrayLike, block_tokens: int
+) -> BlockHashes:
+    """Block ids of turns in order of arrival: each one's prompt begins with all that was said before it.
+
+    session   label of each request's session
+    turn      0, 1, 2, ... within it
+
+    Raises TurnError for a turn that is missing, comes twice or out of order, and for a prompt shorter than what was
+    said before it.
+
+    >>> turns = chained(["a", "b", "a"], [0, 0, 1], [8, 8, 12], [4, 4, 4], block_tokens=4)
+    >>> turns.row(0), turns.row(1), turns.row(2)
+    ([0, 1, 2], [3, 4, 5], [0, 1, 2, 6])
+    """
+    sessions, turns = np.asarray(session), np.asarray(turn)
+    prompt, output = np.asarray(prompt_tokens, np.int64), np.asarray(output_tokens, np.int64)
+    last: dict[object, int] = {}  # position of each session's latest turn
+    parents = np.full(len(prompt), -1, np.int64)
+    context = prompt + output
+    for index, (label, number) in enumerate(zip(sessions.tolist(), turns.tolist(), strict=True)):
+        before = last.get(label, -1)
+        expected = turns[before] + 1 if before >= 0 else 0
+        if number != expected:
+            problem = f"expected turn {expected}; give every turn of a session, from 0 on and in order of arrival"
+            raise TurnError(label, number, index, problem)
+        if before >= 0 and prompt[index] < context[before]:
+            problem = (
+                f"prompt of {prompt[index]} tokens; expected at least the {context[before]} of the prompt and answer "
+                "before it"
+            )
+            raise TurnError(label, number, index, problem)
+        parents[index] = before
+        last[label] = index
+    shared = np.where(parents >= 0, context[parents], 0)
+    return descended(parents, shared, prompt, output, block_tokens)
+
+
 def of_turns(requests: Requests, session: ArrayLike, turn: ArrayLike, block_tokens: int = 16) -> Requests:
     """The requests as turns of sessions: a turn's prompt begins with the prompt and the answer of the turn before.
 
@@ -82,28 +128,8 @@ def of_turns(requests: Requests, session: ArrayLike, turn: ArrayLike, block_toke
         raise TraceError(
             f"{len(sessions)} sessions, {len(turns)} turns: expected one of each of {len(requests)} requests"
         )
-    last: dict[object, int] = {}  # position of each session's latest turn
-    parents = np.full(len(requests), -1, np.int64)
-    context = requests.prompt_tokens + requests.output_tokens
-    for index, (label, number) in enumerate(zip(sessions.tolist(), turns.tolist(), strict=True)):
-        before = last.get(label, -1)
-        expected = turns[before] + 1 if before >= 0 else 0
-        if number != expected:
-            raise TraceError(
-                f"session {label!r}, turn {number} (request {index}): expected turn {expected}; "
-                "give every turn of a session, from 0 on and in order of arrival"
-            )
-        if before >= 0 and requests.prompt_tokens[index] < context[before]:
-            raise TraceError(
-                f"session {label!r}, turn {number} (request {index}): prompt of {requests.prompt_tokens[index]} "
-                f"tokens; expected at least the {context[before]} of the prompt and answer before it"
-            )
-        parents[index] = before
-        last[label] = index
-    shared = np.where(parents >= 0, context[parents], 0)
-    return replace(
-        requests, block_hashes=descended(parents, shared, requests.prompt_tokens, requests.output_tokens, block_tokens)
-    )
+    hashes = chained(sessions, turns, requests.prompt_tokens, requests.output_tokens, block_tokens)
+    return replace(requests, block_hashes=hashes)
 
 
 def of_contexts(requests: Requests, context: ArrayLike, context_tokens: ArrayLike, block_tokens: int = 16) -> Requests:

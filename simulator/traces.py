@@ -16,7 +16,7 @@ import logging
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from os import PathLike
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from simulator.blockhashes import BlockHashes
 from simulator.errors import TraceError
+from simulator.sessions import TurnError, chained
 from simulator.workload import MAX_ARRIVAL_S, MAX_TOKENS, Floats, Requests
 
 _LOG = logging.getLogger(__name__)
@@ -57,13 +58,16 @@ AZURE = _Layout("Azure 2023 CSV", ("TIMESTAMP", "ContextTokens", "GeneratedToken
 MOONCAKE = _Layout("Mooncake JSON lines", ("timestamp", "input_length", "output_length"), 1e3, relative=True)
 PLAIN = _Layout("plain CSV", ("arrival_s", "prompt_tokens", "output_tokens"), 1.0, relative=False)
 SLO_CLASS = "slo_class"
+SESSION, TURN = "session", "turn"
 HASHES = "hash_ids"
 #: Tokens of the blocks that Mooncake's traces hash.
 MOONCAKE_BLOCK_TOKENS = 512
+#: Tokens of the blocks that sessions are cut into, and how many blocks of a trace are kept at most (1 GiB of ids).
+SESSION_BLOCK_TOKENS, _MOST_BLOCKS = 16, 2**27
 
 _KNOWN = (
-    f"{','.join(AZURE.columns)} ({AZURE.name}), {','.join(PLAIN.columns)}[,{SLO_CLASS}] ({PLAIN.name}), "
-    f"or objects with {', '.join(MOONCAKE.columns)} ({MOONCAKE.name})"
+    f"{','.join(AZURE.columns)} ({AZURE.name}), {','.join(PLAIN.columns)}[,{SLO_CLASS}]"
+    f"[,{SESSION},{TURN}] ({PLAIN.name}), or objects with {', '.join(MOONCAKE.columns)} ({MOONCAKE.name})"
 )
 
 
@@ -76,6 +80,8 @@ class _Columns:
     output: Floats
     slo_class: NDArray[Any]
     class_names: tuple[str, ...] = ("default",)
+    session: NDArray[Any] | None = None
+    turn: NDArray[np.int64] | None = None
     hashes: BlockHashes | None = None
 
 
@@ -88,14 +94,19 @@ class _Fault(Exception):
 
 
 def read_trace(
-    path: str | PathLike[str], *, drop_empty: bool = False, hash_block_tokens: int | None = MOONCAKE_BLOCK_TOKENS
+    path: str | PathLike[str],
+    *,
+    drop_empty: bool = False,
+    hash_block_tokens: int | None = MOONCAKE_BLOCK_TOKENS,
+    session_block_tokens: int | None = SESSION_BLOCK_TOKENS,
 ) -> Requests:
     """The requests recorded in a file, in order of arrival (equal times: in order of the file).
 
     The layout is found from the content, gzip included:
 
     TIMESTAMP,ContextTokens,GeneratedTokens            CSV of AzurePublicDataset; dates, UTC where no offset is given
-    arrival_s,prompt_tokens,output_tokens[,slo_class]  plain CSV; seconds since the start
+    arrival_s,prompt_tokens,output_tokens[,slo_class][,session,turn]
+                                                       plain CSV; seconds since the start, turns 0, 1, ... of sessions
     {"timestamp", "input_length", "output_length"[, "hash_ids"]}
                                                        JSON lines of Mooncake; milliseconds, block ids of the prompt
 
@@ -103,14 +114,16 @@ def read_trace(
     prompt or output tokens (failed ones; the 2023 Azure and the Mooncake traces have none) are an error unless
     `drop_empty`, which leaves them out and logs how many. Raises TraceError naming file, line and value.
 
-    hash_block_tokens   tokens of one block of hash_ids; None leaves them unread
+    hash_block_tokens      tokens of one block of hash_ids; None leaves them unread
+    session_block_tokens   tokens of the blocks that sessions are cut into, see simulator.sessions; None leaves session
+                           and turn unread
     """
     try:
         text = _text(Path(path))
         if text.lstrip()[:1] == "{":
             layout, columns = _read_json(text, drop_empty, hash_block_tokens)
         else:
-            layout, columns = _read_csv(text, drop_empty)
+            layout, columns = _read_csv(text, drop_empty, session_block_tokens)
         return _requests(layout, columns, path)
     except _Fault as fault:
         where = f"{path}" if fault.line is None else f"{path}, line {fault.line}"
@@ -148,7 +161,7 @@ def _text(path: Path) -> str:
     return text
 
 
-def _read_csv(text: str, drop_empty: bool) -> tuple[_Layout, _Columns]:
+def _read_csv(text: str, drop_empty: bool, block_tokens: int | None) -> tuple[_Layout, _Columns]:
     head = re.search(r"\S[^\r\n]*", text)
     assert head is not None  # _text refuses blank files
     header_line = text.count("\n", 0, head.start()) + 1
@@ -157,17 +170,45 @@ def _read_csv(text: str, drop_empty: bool) -> tuple[_Layout, _Columns]:
     except csv.Error:
         names = [head.group()]
     layout = _csv_layout(names, header_line)
-    wanted = [*layout.columns, SLO_CLASS] if layout is PLAIN and SLO_CLASS in names else list(layout.columns)
+    wanted = list(layout.columns)
+    if layout is PLAIN and SLO_CLASS in names:
+        wanted.append(SLO_CLASS)
+    if layout is PLAIN and block_tokens is not None and SESSION in names and TURN in names:
+        wanted += [SESSION, TURN]
     repeated = [name for name in wanted if names.count(name) > 1]
     if repeated:
         raise _Fault(f"column {repeated[0]} appears {names.count(repeated[0])} times: expected once", header_line)
 
-    positions = [names.index(name) for name in wanted]
-    columns = _fast_csv(text[head.end() :], layout, len(names), positions)
+    places = {name: names.index(name) for name in wanted}
+    columns = _fast_csv(text[head.end() :], layout, len(names), places)
     if columns is None or not _sound(layout, columns, drop_empty):
-        rows = _csv_rows(text, header_line, len(names), positions)
-        columns = _checked(layout, rows, drop_empty)
+        rows = _csv_rows(text, header_line, len(names), list(places.values()))
+        columns = _checked(layout, rows, drop_empty, wanted[len(layout.columns) :])
+    if columns.session is not None and columns.turn is not None and block_tokens is not None:
+        rows = _csv_rows(text, header_line, len(names), [])
+        hashes = _turn_hashes(columns, columns.session, columns.turn, block_tokens, rows)
+        columns = replace(columns, hashes=hashes)
     return layout, columns
+
+
+def _turn_hashes(
+    columns: _Columns, session: NDArray[Any], turn: NDArray[np.int64], size: int, rows: Iterator[_Row]
+) -> BlockHashes:
+    """The block ids of the turns of sessions, in the order of the file; `rows` are read to name the line of a fault."""
+    order = np.argsort(columns.arrival, kind="stable")
+    prompt, output = (values[order].astype(np.int64) for values in (columns.prompt, columns.output))
+    blocks = int(np.sum(-(-(prompt + output) // size)))
+    if blocks > _MOST_BLOCKS:
+        raise _Fault(
+            f"sessions of {blocks} blocks of {size} tokens: expected at most {_MOST_BLOCKS}; give a part of the trace"
+        )
+    try:
+        hashes = chained(session[order], turn[order], prompt, output, size)
+    except TurnError as error:
+        row = int(order[error.request])
+        line = next(line for index, (line, _) in enumerate(rows) if index == row)
+        raise _Fault(f"session {_shown(str(session[row]))}, turn {turn[row]}: {error.problem}", line) from None
+    return hashes.pick(np.argsort(order))
 
 
 def _csv_layout(names: list[str], line: int) -> _Layout:
@@ -182,10 +223,12 @@ def _csv_layout(names: list[str], line: int) -> _Layout:
     raise _Fault(f"header {shown}: expected {_KNOWN}", line)
 
 
-def _fast_csv(body: str, layout: _Layout, width: int, positions: Sequence[int]) -> _Columns | None:
-    """The columns at `positions` by Arrow's parser, or None if it does not accept every value of them."""
+def _fast_csv(body: str, layout: _Layout, width: int, places: Mapping[str, int]) -> _Columns | None:
+    """The named columns at their `places` by Arrow's parser, or None if it does not accept every value of them."""
+    positions = list(places.values())
     keys = [str(position) for position in positions]
-    types = dict(zip(keys, (pa.float64(), pa.float64(), pa.float64(), pa.string()), strict=False))
+    text = (SLO_CLASS, SESSION)
+    types = {str(place): pa.string() if name in text else pa.float64() for name, place in places.items()}
     if layout is AZURE:
         # Arrow wants to know beforehand whether dates carry offsets; the first row tells.
         first = body.lstrip().partition("\n")[0].split(",")[positions[0] :][:1]
@@ -199,7 +242,7 @@ def _fast_csv(body: str, layout: _Layout, width: int, positions: Sequence[int]) 
         )
     except pa.ArrowException:
         return None
-    return _from_table(table.select(keys))
+    return _from_table(table.select(keys).rename_columns(list(places)))
 
 
 def _read_json(text: str, drop_empty: bool, block_tokens: int | None) -> tuple[_Layout, _Columns]:
@@ -213,7 +256,7 @@ def _read_json(text: str, drop_empty: bool, block_tokens: int | None) -> tuple[_
     except pa.ArrowException:
         columns = None
     if columns is None or not _sound(MOONCAKE, columns, drop_empty):
-        columns = _checked(MOONCAKE, _json_rows(text), drop_empty)
+        columns = _checked(MOONCAKE, _json_rows(text), drop_empty, [])
     if block_tokens is not None:
         hashes = _hashes(text, rows, columns.prompt.astype(np.int64), block_tokens)
         columns = replace(columns, hashes=hashes)
@@ -228,12 +271,15 @@ def _hashes(text: str, rows: pa.ChunkedArray | None, prompts: NDArray[np.int64],
     hashes: BlockHashes | None = None
     if rows is not None and not rows.null_count:
         flat = pa.compute.list_flatten(rows)
-        if not flat.null_count:
+        if not flat.null_count and (not len(flat) or pa.compute.min(flat).as_py() >= 0):
             counts = pa.compute.list_value_length(rows).to_numpy()
             if np.array_equal(counts, blocks):
                 hashes = BlockHashes(flat.to_numpy(), np.concatenate(([0], np.cumsum(counts))), size)
     if hashes is None:
-        hashes = BlockHashes.of(_hash_rows(text, prompts, blocks, size), size)
+        found = _hash_rows(text, prompts, blocks, size)
+        if found is None:
+            return None
+        hashes = BlockHashes.of(found, size)
     try:
         hashes.check_chained()
     except TraceError as error:
@@ -241,23 +287,27 @@ def _hashes(text: str, rows: pa.ChunkedArray | None, prompts: NDArray[np.int64],
     return hashes
 
 
-def _hash_rows(text: str, prompts: NDArray[np.int64], blocks: NDArray[np.int64], size: int) -> list[list[int]]:
-    """The block ids line by line; raises _Fault at the first line whose ids are none or not those of its blocks."""
+def _hash_rows(text: str, prompts: NDArray[np.int64], blocks: NDArray[np.int64], size: int) -> list[list[int]] | None:
+    """The block ids line by line, None if no line has any (null is none, too).
+
+    Raises _Fault at the first line that has none where others do, or whose ids are not those of its blocks.
+    """
+    lines = [(line, content) for line, content in enumerate(text.split("\n"), 1) if content.strip()]
+    values = [json.loads(content).get(HASHES) for _, content in lines]
+    if all(ids is None for ids in values):
+        return None
     found: list[list[int]] = []
-    for line, content in enumerate(text.split("\n"), 1):
-        if not content.strip():
-            continue
-        value = json.loads(content)
-        if HASHES not in value:
+    for (line, content), ids in zip(lines, values, strict=True):
+        if ids is None:
             raise _Fault(f"{_shown(content)}: {HASHES} missing; expected in all lines or in none", line)
-        ids = value[HASHES]
-        if not isinstance(ids, list) or not all(type(value) is int and abs(value) < 2**63 for value in ids):
-            raise _Fault(f"{HASHES} = {_shown(ids)}: expected a list of whole numbers", line)
+        if not isinstance(ids, list) or not all(type(value) is int and 0 <= value < 2**63 for value in ids):
+            raise _Fault(f"{HASHES} = {_shown(ids)}: expected a list of whole numbers in [0, 2^63)", line)
         row = len(found)
         if len(ids) != blocks[row]:
             raise _Fault(
                 f"{len(ids)} {HASHES} for {prompts[row]} prompt tokens: expected {blocks[row]}, one for every "
-                f"{size} tokens; give the trace's block size as hash_block_tokens, or None to leave them out",
+                f"{size} tokens; from Python, read_trace takes other block sizes as hash_block_tokens, or None to "
+                "leave the ids out",
                 line,
             )
         found.append(ids)
@@ -267,15 +317,24 @@ def _hash_rows(text: str, prompts: NDArray[np.int64], blocks: NDArray[np.int64],
 def _from_table(table: pa.Table) -> _Columns | None:
     if len(table) == 0 or any(column.null_count for column in table.columns):
         return None
-    arrival, prompt, output, *labels = table.columns
+    arrival, prompt, output = table.columns[:3]
     if pa.types.is_timestamp(arrival.type):
         arrival = arrival.cast(pa.int64())
     numbers = (arrival.to_numpy(), prompt.to_numpy(), output.to_numpy())
-    if not labels:
-        return _Columns(*numbers, slo_class=np.zeros(len(table), np.int64))
-    encoded = pa.compute.utf8_trim_whitespace(labels[0]).combine_chunks().dictionary_encode()
-    names = tuple(encoded.dictionary.to_pylist())
-    return None if "" in names else _Columns(*numbers, encoded.indices.to_numpy(), names)
+    columns = _Columns(*numbers, slo_class=np.zeros(len(table), np.int64))
+    if SLO_CLASS in table.column_names:
+        encoded = pa.compute.utf8_trim_whitespace(table.column(SLO_CLASS)).combine_chunks().dictionary_encode()
+        names = tuple(encoded.dictionary.to_pylist())
+        if "" in names:
+            return None
+        columns = replace(columns, slo_class=encoded.indices.to_numpy(), class_names=names)
+    if SESSION in table.column_names:
+        session = pa.compute.utf8_trim_whitespace(table.column(SESSION)).to_numpy()
+        turn = table.column(TURN).to_numpy()
+        if np.any(session == "") or not np.all((turn >= 0) & (turn <= MAX_TOKENS) & (turn == np.floor(turn))):
+            return None
+        columns = replace(columns, session=session, turn=turn.astype(np.int64))
+    return columns
 
 
 def _sound(layout: _Layout, columns: _Columns, drop_empty: bool) -> bool:
@@ -325,15 +384,18 @@ def _json_rows(text: str) -> Iterator[_Row]:
         yield line, [value[name] for name in MOONCAKE.columns]
 
 
-def _checked(layout: _Layout, rows: Iterator[_Row], drop_empty: bool) -> _Columns:
-    """The columns of `rows`, every value checked; raises _Fault at the first one that is wrong."""
+def _checked(layout: _Layout, rows: Iterator[_Row], drop_empty: bool, extra: Sequence[str]) -> _Columns:
+    """The columns of `rows`, every value checked; raises _Fault at the first one that is wrong.
+
+    extra   names of the columns after the three of the layout
+    """
     arrival_of = _nanoseconds if layout is AZURE else _number
     arrival_name, prompt_name, output_name = layout.columns
     latest, fewest = _latest(layout), 0 if drop_empty else 1
     way_out = "" if drop_empty else "; drop_empty leaves requests without tokens out"
-    arrivals, prompts, outputs, classes = [], [], [], []
+    arrivals, prompts, outputs, classes, sessions, turns = [], [], [], [], [], []
     codes: dict[str, int] = {}
-    for line, (arrival_value, prompt_value, output_value, *label) in rows:
+    for line, (arrival_value, prompt_value, output_value, *others) in rows:
         arrival = arrival_of(arrival_value)
         if arrival is None or not (layout is AZURE or 0 <= arrival <= latest):
             unit = {AZURE: "a date and time", PLAIN: "seconds", MOONCAKE: "milliseconds"}[layout]
@@ -346,18 +408,29 @@ def _checked(layout: _Layout, rows: Iterator[_Row], drop_empty: bool) -> _Column
                 hint = way_out if count == 0 else ""
                 raise _Fault(f"{name} = {_shown(value)}: expected a whole number in [{fewest}, 2^31){hint}", line)
             counts.append(count)
-        if label == [""]:
-            raise _Fault(f"{SLO_CLASS} is empty: expected a name", line)
+        labels = dict(zip(extra, others, strict=True))
+        for name in (SLO_CLASS, SESSION):
+            if labels.get(name) == "":
+                raise _Fault(f"{name} is empty: expected a name", line)
+        if TURN in labels:
+            turn = _number(labels[TURN])
+            if turn is None or not (0 <= turn <= MAX_TOKENS and turn == int(turn)):
+                raise _Fault(f"{TURN} = {_shown(labels[TURN])}: expected a whole number in [0, 2^31)", line)
+            turns.append(int(turn))
+            sessions.append(labels[SESSION])
         arrivals.append(arrival)
         prompts.append(counts[0])
         outputs.append(counts[1])
-        classes.append(codes.setdefault(label[0], len(codes)) if label else 0)
+        classes.append(codes.setdefault(labels[SLO_CLASS], len(codes)) if SLO_CLASS in labels else 0)
     if not arrivals:
         raise _Fault("has no rows below its header; expected at least one request")
     numbers = (np.array(prompts, np.float64), np.array(outputs, np.float64), np.array(classes, np.int64))
     # Nanoseconds since 1970 leave int64 in the year 2262; Python's integers do not.
     dtype = object if layout is AZURE else np.float64
-    return _Columns(np.array(arrivals, dtype), *numbers, tuple(codes) or ("default",))
+    columns = _Columns(np.array(arrivals, dtype), *numbers, tuple(codes) or ("default",))
+    if TURN not in extra:
+        return columns
+    return replace(columns, session=np.array(sessions, object), turn=np.array(turns, np.int64))
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)

@@ -319,8 +319,8 @@ def test_the_command_line_refuses_or_notes_what_cannot_help(
     for words, told_, code in (
         (["--prefix-caching", "mru"], "--prefix-caching mru: expected one of off, lru", 2),
         (["--router", "best"], "--router best: expected one of", 2),
-        (["--host-kv-gb", "5"], "host_kv_gb is 5.0, expected None with prefix_caching 'off'", 4),
-        (["--prefix-caching", "lru", "--ssd-kv-gb", "5"], "ssd_gb_per_s is None", 4),
+        (["--host-kv-gb", "5"], "--host-kv-gb 5: expected a plan that keeps prefixes", 2),
+        (["--prefix-caching", "lru", "--ssd-kv-gb", "5"], "--ssd-kv-gb 5: expected with what a node's disks", 2),
     ):
         assert main(["simulate", plan, "--trace", requests, *words]) == code
         assert told_ in capsys.readouterr().err

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from simulator import traces
+from simulator.blockhashes import shared_blocks
 from simulator.errors import TraceError
 from simulator.traces import read_trace, summarize
 from simulator.workload import MAX_TOKENS, Profile, Requests, load_profile, synthesize
@@ -294,12 +295,19 @@ def test_block_ids_stay_with_their_requests(read, parser):
     ("row", "message"),
     [
         ((1, 1025, 5, [0, 1]), r"line 3: 2 hash_ids for 1025 prompt tokens: expected 3, one for every 512 tokens"),
+        (
+            (1, 1025, 5, [0, 1]),
+            "line 3: .* from Python, read_trace takes other block sizes as hash_block_tokens, or None",
+        ),
         ((1, 1025, 5), "line 3: .*: hash_ids missing; expected in all lines or in none"),
+        ((1, 512, 5, None), "line 3: .*: hash_ids missing; expected in all lines or in none"),
+        ((1, 1024, 5, [0, -1]), r"line 3: hash_ids = \[0, -1\]: expected a list of whole numbers in \[0, 2\^63\)"),
         ((1, 512, 5, [1.5]), r"line 3: hash_ids = \[1.5\]: expected a list of whole numbers"),
         ((1, 512, 5, [True]), r"line 3: hash_ids = \[True\]: expected a list"),
         ((1, 512, 5, [None]), r"line 3: hash_ids = \[None\]: expected a list"),
         ((1, 512, 5, [10**30]), r"line 3: hash_ids = \[1000000"),
         ((1, 512, 5, "0"), "line 3: hash_ids = '0': expected a list"),
+        ((1, 1024, 5, [7, 7]), "hash_ids: request 2: block 7 follows block 7, no block where it was first; expected"),
         ((1, 1024, 5, [7, 1]), "hash_ids: request 2: block 1 follows block 7, block 0 in an earlier request"),
     ],
 )
@@ -307,6 +315,65 @@ def test_block_ids_that_do_not_fit_their_prompts_are_refused(read, parser, row, 
     with pytest.raises(TraceError, match=message):
         read(jsonl([(0, 600, 5, [0, 1]), (0, 500, 5, [6]), row]))
     assert len(read(jsonl([(0, 600, 5, [0, 1]), (0, 500, 5, [6]), row]), hash_block_tokens=None)) == 3
+
+
+def test_block_ids_that_are_null_everywhere_are_none(read, parser):
+    assert read(jsonl([(0, 600, 5, None), (1, 512, 5, None)])).block_hashes is None
+    assert read(jsonl([(0, "600", 5, None), (1, 512, 5)])).block_hashes is None  # Arrow does not take "600"
+
+
+SESSIONS = """arrival_s,prompt_tokens,output_tokens,session,turn
+0,40,20,a,0
+1,40,20,b,0
+2,90,30,a,1
+3,150,10,a,2
+"""
+
+
+def test_turns_of_sessions_share_what_was_said(read, parser):
+    """60 and 120 tokens were said before a's second and third turn: 3 and 7 whole blocks of 16."""
+    turns = read(SESSIONS)
+    assert turns.block_hashes.block_tokens == 16
+    assert shared_blocks(turns.block_hashes).tolist() == [0, 0, 3, 7]
+    head, *rows = SESSIONS.splitlines()
+    backwards = read("\n".join([head, "", *reversed(rows)]))
+    assert columns(backwards) == columns(turns)
+    assert shared_blocks(backwards.block_hashes).tolist() == [0, 0, 3, 7]
+    assert shared_blocks(read(SESSIONS, session_block_tokens=8).block_hashes).tolist() == [0, 0, 7, 15]
+    assert read(SESSIONS, session_block_tokens=None).block_hashes is None
+    classed = read("turn,slo_class,session,arrival_s,prompt_tokens,output_tokens\n0,x, 1 ,0,40,20\n1,y,1,2,90,30\n")
+    assert classed.class_names == ("x", "y")
+    assert shared_blocks(classed.block_hashes).tolist() == [0, 3]
+    alone = read(SESSIONS.replace("turn", "note"))  # one of the two columns says nothing
+    assert alone.block_hashes is None
+
+
+def test_a_turn_left_out_for_lack_of_an_answer_was_said_nevertheless(read, parser):
+    failed = SESSIONS.replace("2,90,30,a,1", "2,90,0,a,1")
+    assert shared_blocks(read(failed, drop_empty=True).block_hashes).tolist() == [0, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("2,90,30,a,1\n", "", r"line 4: session 'a', turn 2: expected turn 1; give every turn of a session"),
+        ("a,1", "a,0", r"line 4: session 'a', turn 0: expected turn 1"),
+        ("b,0", "b,1", "line 3: session 'b', turn 1: expected turn 0"),
+        ("2,90", "2,59", "line 4: session 'a', turn 1: prompt of 59 tokens; expected at least the 60"),
+        ("2,90", "9,150", "line 5: session 'a', turn 2: expected turn 1"),
+        ("b,0", "b,", "line 3: turn = '': expected a whole number"),
+        ("b,0", "b,-1", "line 3: turn = '-1': expected a whole number"),
+        ("b,0", "b,0.5", "line 3: turn = '0.5': expected a whole number"),
+        ("b,0", "b,x", "line 3: turn = 'x': expected a whole number"),
+        ("b,0", " ,0", "line 3: session is empty: expected a name"),
+        ("session,turn", "session,turn,turn", "column turn appears 2 times"),
+        ("1,40,20,b", "1,2147483647,20,b", "sessions of 134217752 blocks of 16 tokens: expected at most 134217728"),
+    ],
+)
+def test_turns_that_cannot_be_are_refused_with_their_line(read, parser, old, new, message):
+    with pytest.raises(TraceError, match=message) as caught:
+        read(SESSIONS.replace(old, new))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_summary_is_the_body_of_a_profile():
