@@ -120,13 +120,17 @@ class Elementwise:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Communication:
-    """A collective or transfer of `bytes` (as hwmodels.collectives counts them) over the rank group called `group`."""
+    """A collective or transfer of `bytes` (as hwmodels.collectives counts them) over the rank group called `group`.
+
+    experts   the kernel whose rows it carries, in proportion to which its bytes are; None for any other
+    """
 
     name: str
     kind: str
     group: str
     bytes: Array
     count: int = 1
+    experts: Experts | None = None
 
     @property
     def flops(self) -> Array:
@@ -380,15 +384,16 @@ def expert_feed_forward(
     rows = busiest_rank_rows(total_tokens * ff.top_k / mapping.ep, mapping.ep)
     touched = expected_active_experts(ff.experts / mapping.ep, rows, ff.experts, ff.top_k, total_tokens)
     active = np.minimum(busiest_rank_experts(touched, ff.experts / mapping.ep, mapping.ep), rows)
+    experts = Experts(
+        "routed experts", total_tokens, rows, active, hidden, ff.intermediate, ff.experts, ff.top_k,
+        mapping.expert_tp, mapping.ep, ff.gated, p.of_experts, count,
+    )  # fmt: skip
     ops: list[Operator] = [
         Elementwise("feed-forward norm", 4.0 * tokens * hidden * element, count),
         Gemm("router", tokens, ff.experts, hidden, Precision("bf16", "bf16", p.kv), count),
         Elementwise("top-k", 6.0 * tokens * ff.experts, count),
-        Experts(
-            "routed experts", total_tokens, rows, active, hidden, ff.intermediate, ff.experts, ff.top_k,
-            mapping.expert_tp, mapping.ep, ff.gated, p.of_experts, count,
-        ),
-    ]  # fmt: skip
+        experts,
+    ]
     if ff.shared_intermediate:
         shared = int(np.ceil(ff.shared_intermediate / mapping.tp))
         ops.append(Gemm("shared expert up projection", tokens, shared * (2 if ff.gated else 1), hidden, p, count))
@@ -404,8 +409,9 @@ def expert_feed_forward(
         ops.append(Communication("expert combine", "all-to-all", "ep", sent * 2.0, count))
         if mapping.expert_tp > 1:
             gathered = rows * hidden
-            ops.append(Communication("expert all-gather", "all-gather", "expert_tp", gathered * element, count))
-            ops.append(Communication("expert reduce-scatter", "reduce-scatter", "expert_tp", gathered * 2.0, count))
+            for name, kind, size in (("expert all-gather", "all-gather", element),
+                                     ("expert reduce-scatter", "reduce-scatter", 2.0)):  # fmt: skip
+                ops.append(Communication(name, kind, "expert_tp", gathered * size, count, experts))
         if mapping.tp > 1:
             ops.append(Communication("token all-gather", "all-gather", "tp", tokens * hidden * element, count))
     elif mapping.gpus // mapping.pp > 1:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmodels.busiest import BusiestRank, busiest_rank
 from hwmodels.engine import Engine, load_engine
 from hwmodels.errors import MappingError
 from hwmodels.evidence import evidence
@@ -13,6 +18,9 @@ from hwmodels.huggingface import load_model
 from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, Mapping, Precision, weight_bytes
 from hwmodels.memory import Memory, Sizes, plan_memory, replica_sizes, require_fit
 from hwmodels.roofline import AnalyticCost
+from hwmodels.routedcost import RoutedCost
+from hwmodels.routing import RoutingStats
+from hwmodels.routingfiles import read_routing
 from hwmodels.shape import ModelShape
 from hwmodels.shares import SharedSteps, compile_shared_steps
 from hwmodels.step_model import CostModel, StepModel, compile_step_model
@@ -22,6 +30,7 @@ from planner.encoding import Vision, vision_of, without_encode
 from planner.errors import PlanError
 from planner.links import handover_of
 from planner.plan import Plan, Pool
+from planner.routedranks import require_placement, shares_of_ranks
 from planner.sharing import shared_spec
 from planner.tiers import tiering_of
 from simulator.deployment import Deployment, ReplicaSpec
@@ -95,6 +104,9 @@ class Catalogue:
 
     others                 catalogues of the same model on other devices, by hardware, for pools that name theirs
     kernels                measured kernels that price the operators; None for the analytic model alone
+    routing                recorded popularity of experts, which makes the busiest rank; None for uniform routing
+    placement              layers x experts x ranks, part of an expert's tokens on each rank (planner.placement's
+                           `split`), for replicas of as many expert ranks; else experts sit in their order
     max_tokens, max_seqs   largest step the step models are tabulated for; they grow when a plan asks for more
     """
 
@@ -105,10 +117,22 @@ class Catalogue:
     max_tokens: int = 8192
     max_seqs: int = 1024
     others: dict[str, Catalogue] = field(default_factory=dict)
+    routing: RoutingStats | None = None
+    placement: NDArray[np.float64] | None = None
     _models: dict[tuple[Mapping, Precision], StepModel] = field(default_factory=dict)
     _works: dict[tuple[Mapping, Precision], Work] = field(default_factory=dict)
     _shared: dict[tuple[Mapping, Precision], SharedSteps] = field(default_factory=dict)
     _sizes: dict[tuple[Mapping, Precision], Sizes] = field(default_factory=dict)
+    _busiest: dict[int, BusiestRank] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise RoutingError for routing of another model, PlanError for a placement of other experts."""
+        if self.routing is not None:
+            self.routing.check(self.model)
+        if self.placement is not None:
+            if self.routing is None:
+                raise PlanError("a placement of experts without routing; expected both (--routing)")
+            require_placement(self.placement, self.routing)
 
     def reserve(self, max_tokens: int, max_seqs: int) -> None:
         """Let step models cover steps of this size; those compiled for smaller ones are dropped."""
@@ -137,6 +161,17 @@ class Catalogue:
 
     def prices(self, mapping: Mapping) -> CostModel:
         """What prices the operators of a replica cut like this."""
+        plain = self._plain_prices(mapping)
+        if self.routing is None or mapping.ep == 1:
+            return plain
+        if mapping.ep not in self._busiest:
+            self._busiest[mapping.ep] = busiest_rank(
+                self.routing, shares_of_ranks(self.routing, mapping.ep, self.placement)
+            )
+        return RoutedCost(plain, self._busiest[mapping.ep])
+
+    def _plain_prices(self, mapping: Mapping) -> CostModel:
+        """The same under uniform routing."""
         if self.kernels is None:
             return AnalyticCost(self.cluster, mapping)
         from hwmodels.kernels.measured import MeasuredCost
@@ -311,27 +346,42 @@ def format_problem(cluster: Cluster, precision: Precision) -> str | None:
 
 
 def open_catalogue(
-    model: str, hardware: str, gpus: int, engine: str, cost: str = "calibrated", also: dict[str, int] | None = None
+    model: str,
+    hardware: str,
+    gpus: int,
+    engine: str,
+    cost: str = "calibrated",
+    also: dict[str, int] | None = None,
+    routing: str | RoutingStats | None = None,
+    placement: NDArray[np.float64] | None = None,
 ) -> Catalogue:
     """The catalogue of a model on `gpus` devices.
 
     also   other hardware at hand and its devices
 
+    routing     recorded routing of the model's experts, or a file of it (hwmodels.routingfiles)
+    placement   see Catalogue
+
     cost   what the prices rest on: 'analytic' (a roofline with the default efficiencies), 'calibrated' (with those of
            the device's profile) or 'measured' (kernels that were timed, the calibrated roofline where there are none)
 
-    Raises ProfileError for unknown names, MeasurementError where no kernels were measured.
+    Raises ProfileError for unknown names, RoutingError for routing of another model, MeasurementError where no
+    kernels were measured.
     """
     if cost not in COSTS:
         raise PlanError(f"cost {cost!r}: expected one of {', '.join(COSTS)}")
+    shape = load_model(model)
+    stats = read_routing(Path(routing), shape) if isinstance(routing, str) else routing
     if also:
-        others = {name: open_catalogue(model, name, count, engine, cost) for name, count in also.items()}
-        return replace(open_catalogue(model, hardware, gpus, engine, cost), others=others)
-    shape, cluster, profile = load_model(model), load_cluster(hardware, gpus), load_engine(engine)
+        routed = (stats, placement)
+        others = {name: open_catalogue(model, name, n, engine, cost, None, *routed) for name, n in also.items()}
+        return replace(open_catalogue(model, hardware, gpus, engine, cost, None, *routed), others=others)
+    cluster, profile = load_cluster(hardware, gpus), load_engine(engine)
     device = replace(cluster.device, efficiency=Efficiency()) if cost == "analytic" else cluster.device
     cluster = replace(cluster, device=device.of_engine(profile.kernels))
     if cost != "measured":
-        return Catalogue(shape, cluster, profile)
+        return Catalogue(shape, cluster, profile, routing=stats, placement=placement)
     from hwmodels.kernels.library import open_kernels  # reads tables: not what most questions wait for
 
-    return Catalogue(shape, cluster, profile, open_kernels(cluster.device, profile.kernels))
+    kernels = open_kernels(cluster.device, profile.kernels)
+    return Catalogue(shape, cluster, profile, kernels, routing=stats, placement=placement)

@@ -14,6 +14,7 @@ from hwmodels.hardware import Cluster, Device
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.operators import AttentionCore, Communication, Elementwise, Experts, Gemm, GroupedGemm, Operator
 from hwmodels.roofline import AnalyticCost, arithmetic_dtype, attention_dtype, memory_time_s, tile_time_s
+from hwmodels.routedcost import RoutedCost
 from hwmodels.shape import Layer, ModelShape
 from hwmodels.step_model import (
     CostModel,
@@ -207,10 +208,10 @@ class Pricing:
 
     def _row(self, op: Operator) -> Row:
         """The operator's price and what it waits for."""
-        time_s, flops, nbytes = (
-            float(np.sum(value)) for value in (self.cost.time_s(op) * kept(op, self.engine), op.flops, op.bytes)
-        )
-        sources = self.cost.sources(op)
+        time_s, sources = float(np.sum(self.cost.time_s(op) * kept(op, self.engine))), self.cost.sources(op)
+        if isinstance(self.cost, RoutedCost):
+            op = self.cost.routed(op)
+        flops, nbytes = float(np.sum(op.flops)), float(np.sum(op.bytes))
         source = max(sources, key=lambda name: sources[name])
         if not isinstance(op, Communication):
             bound = _bound(op, self.analytic)

@@ -83,7 +83,13 @@ class _Comparison:
         self.progress = progress
         self.started = time.perf_counter()
         self.catalogue: Catalogue = open_catalogue(
-            question.model, question.hardware, question.gpus, question.engine, question.cost, question.also
+            question.model,
+            question.hardware,
+            question.gpus,
+            question.engine,
+            question.cost,
+            question.also,
+            question.routing,
         )
         self.total = sum(question.devices.values())
         self.searches: dict[str, SearchResult] = {}

@@ -44,6 +44,7 @@ class Question:
     seconds       wall-clock time after which no further plan is simulated
     jobs          processes that simulate; None for as many as there are processors
     cost          what prices rest on: analytic, calibrated or measured; see planner.catalogue.open_catalogue
+    routing       file of the recorded routing of the model's experts (hwmodels.routingfiles); None for uniform routing
     tolerance     relative width of a capacity's bisection
     """
 
@@ -69,6 +70,7 @@ class Question:
     transfer: Mode = "layer-wise"
     budget_usd_per_h: float | None = None
     budget_w: float | None = None
+    routing: str | None = None
 
     def __post_init__(self) -> None:
         """Raise PlanError for a question that cannot be meant."""

@@ -195,7 +195,12 @@ class Search:
         self.progress = progress
         progress("enumerating and screening plans", 0.0)
         self.catalogue: Catalogue = catalogue or open_catalogue(
-            question.model, question.hardware, question.gpus, question.engine, question.cost
+            question.model,
+            question.hardware,
+            question.gpus,
+            question.engine,
+            question.cost,
+            routing=question.routing,
         )
         self.list: Shortlist = shortlist(question, self.catalogue)
         self.ranked: list[Ranked] = []

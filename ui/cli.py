@@ -19,6 +19,7 @@ import typer
 from hwmodels.errors import ShardwiseError
 from ui.calibrating import calibrate as calibrate_command
 from ui.enginefitting import engine as engine_fit_command
+from ui.placingexperts import place_experts as place_experts_command
 from ui.profiling import profile as profile_command
 from ui.validating import app as validate_app
 from ui.validatingkernels import kernels as kernels_command
@@ -46,6 +47,7 @@ app = typer.Typer(
 
 validate_app.command("engine")(engine_fit_command)
 app.command("calibrate")(calibrate_command)
+app.command("place-experts")(place_experts_command)
 app.command("profile")(profile_command)
 validate_app.command("kernels")(kernels_command)
 validate_app.command("plan")(plan_prices_command)
@@ -134,6 +136,13 @@ Cost = Annotated[
         metavar="NAME",
     ),
 ]
+Routing = Annotated[
+    Path | None,
+    typer.Option(
+        help="Recorded expert counts of the model, which make the busiest rank [default: uniform routing].",
+        metavar="FILE",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 List = typer.Option(metavar="LIST", show_default=False)
 PrefixCaching = Annotated[
@@ -211,6 +220,7 @@ def plan_command(
         str | None, typer.Option(help="Formats of the routed experts [default: as the weights].", metavar="LIST")
     ] = None,
     cost: Cost = "calibrated",
+    routing: Routing = None,
     policy: Annotated[
         str | None, typer.Option(help="Schedulers: chunked, prefill-first, orca, static.", metavar="LIST")
     ] = None,
@@ -237,7 +247,7 @@ def plan_command(
     from simulator.metrics import summarize
     from simulator.save import save_result
     from simulator.simulate import simulate
-    from ui import jsonout, prefixes, questions, rendering, saving
+    from ui import jsonout, prefixes, questions, rendering, saving, words
     from ui.timelinefigure import run_figure
     from ui.waiting import bar
 
@@ -274,6 +284,7 @@ def plan_command(
         seed=seed,
         keep=keep,
         cost=cost,
+        routing=questions.told(routing),
         also=dict(also),
         serving=serving,  # type: ignore[arg-type]
         transfer=transfer,  # type: ignore[arg-type]
@@ -286,7 +297,9 @@ def plan_command(
         result = search(question, waiting.at)
         best = result.best
         asked = result.question
-        catalogue = open_catalogue(asked.model, asked.hardware, asked.gpus, asked.engine, asked.cost, asked.also)
+        catalogue = open_catalogue(
+            asked.model, asked.hardware, asked.gpus, asked.engine, asked.cost, asked.also, asked.routing
+        )
         arrivals = question.requests
         if isfinite(best.trial.rate_per_s):
             arrivals = arrivals.scaled_to_rate(best.trial.rate_per_s)
@@ -295,6 +308,8 @@ def plan_command(
         content = jsonout.plan_object(result, traffic.name, metrics, run.totals)
         if run.caching is not None:
             content["best"]["caching"] = prefixes.as_object(run.caching)
+        if catalogue.routing is not None:
+            content["routing"] = catalogue.routing.source
         if save is not None:
             waiting.at("writing the results", None)
             texts = saving.plan_text(best.plan), saving.ranking_text(result), jsonout.dumps(content) + "\n"
@@ -305,6 +320,8 @@ def plan_command(
         return
     out = rendering.console()
     rendering.show_plan(out, result, traffic.name, metrics, run.totals)
+    if catalogue.routing is not None:
+        rendering.say(out, words.routing(catalogue.routing, best.plan))
     if run.caching is not None:
         rendering.say(out, prefixes.in_words(run.caching))
     if save is not None:
@@ -359,6 +376,7 @@ def simulate_command(
     itl: Itl = None,
     e2e: E2e = None,
     cost: Cost = "calibrated",
+    routing: Routing = None,
     seed: Seed = 0,
     replications: Annotated[int, typer.Option(min=1, max=1000, help="Independent runs, for confidence intervals.")] = 1,
     warmup: Annotated[
@@ -386,7 +404,7 @@ def simulate_command(
         raise questions.OptionError(f"--rate {rate:g} and --concurrency {concurrency}: expected one of them")
     traffic = questions.Traffic(trace, workload, requests, drop_empty)
     limits = questions.limits({"ttft": ttft, "tpot": tpot, "itl": itl, "e2e": e2e}, {})
-    chosen, catalogue = questions.opened(plan, cost)
+    chosen, catalogue = questions.opened(plan, cost, routing)
     chosen = prefixes.changed(chosen, prefix_caching, router, host_kv_gb, ssd_kv_gb, ssd_gb_per_s)
     seen = pictures(chosen, images_per_request, image_size)
     if replications > 1 and trace is not None and chosen.router in ("round-robin", "least-tokens", "prefix-aware"):
@@ -429,6 +447,8 @@ def simulate_command(
         notes = [note for note in odd if note]
         content |= {"encode": None if use is None else asdict(use), "caching": prefixes.as_object(saved)}
         content |= {"notes": notes, "handed_over": poolwords.handed_over(first[0])}
+        if catalogue.routing is not None:
+            content["routing"] = catalogue.routing.source
         if save is not None:
             waiting.at("writing the results", None)
             texts = {"result.json": jsonout.dumps(content) + "\n", "timeline.svg": run_figure(first[0], chosen)}
@@ -451,6 +471,8 @@ def simulate_command(
     for sentence in poolwords.sentences(first[0]):
         rendering.say(out, f"  {sentence}")
     rendering.say(out, f"Step times rest on: {words.shares(evidence)}.")
+    if catalogue.routing is not None:
+        rendering.say(out, words.routing(catalogue.routing, chosen))
     if save is not None:
         more = ", transfers.csv" * bool(len(first[0].transfers)) + ", links.csv" * bool(len(first[0].links))
         files = "requests.csv, requests.parquet, metrics.json, timeline.json, timeline.svg, result.json" + more
@@ -508,18 +530,24 @@ def explain_command(
         int | None, typer.Option(min=0, help="Tokens of the prompt chunk; 0 for none [default: the token budget].")
     ] = None,
     cost: Cost = "calibrated",
+    routing: Routing = None,
     as_json: Json = False,
 ) -> None:
     """Show where the time of a step goes, operator by operator, and which resource binds it."""
     from planner.explainplan import explain_plan
-    from ui import jsonout, questions, rendering
+    from ui import jsonout, questions, rendering, words
 
-    chosen, catalogue = questions.opened(plan, cost)
+    chosen, catalogue = questions.opened(plan, cost, routing)
     pools = explain_plan(catalogue, chosen, batch=batch, context=context, prefill=prefill)
+    routed = catalogue.routing
     if as_json:
-        print(jsonout.dumps(jsonout.explanation_object(chosen, pools)))
+        content = jsonout.explanation_object(chosen, pools)
+        print(jsonout.dumps(content if routed is None else {**content, "routing": routed.source}))
         return
-    rendering.show_explanation(rendering.console(), chosen, pools)
+    out = rendering.console()
+    rendering.show_explanation(out, chosen, pools)
+    if routed is not None:
+        rendering.say(out, words.routing(routed, chosen))
 
 
 @app.command("models")

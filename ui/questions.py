@@ -191,10 +191,20 @@ def located(model: str) -> str:
     return str(Path(model).resolve()) if model.endswith(".json") or "/" in model else model
 
 
-def opened(path: Path, cost: str = "calibrated") -> tuple[Plan, Catalogue]:
-    """A plan file and what its plan is made of; raises a ShardwiseError for one that cannot be simulated."""
+def told(path: Path | None) -> str | None:
+    """A file that was typed, as text."""
+    return None if path is None else str(path)
+
+
+def opened(path: Path, cost: str = "calibrated", routing: Path | None = None) -> tuple[Plan, Catalogue]:
+    """A plan file and what its plan is made of; raises a ShardwiseError for one that cannot be simulated.
+
+    routing   a file of recorded routing; None for uniform routing
+    """
     plan = read_plan(path)
-    catalogue = open_catalogue(plan.model, plan.hardware, plan.gpus, plan.engine, cost, plan.also)
+    catalogue = open_catalogue(
+        plan.model, plan.hardware, plan.gpus, plan.engine, cost, plan.also, routing=told(routing)
+    )
     for index, pool in enumerate(plan.pools):
         most = {
             "token_budget": MOST_TOKENS, "max_seqs": MOST_SEQS, "max_context_tokens": catalogue.model.max_context_tokens

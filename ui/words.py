@@ -7,6 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hwmodels.routing import RoutingStats
     from hwmodels.shape import ModelShape
     from planner.plan import Plan, Pool
     from simulator.encode import EncodeUse
@@ -173,3 +174,10 @@ def encoding(use: EncodeUse) -> str:
 def shares(parts: Mapping[str, float]) -> str:
     """Shares by name, such as 'measured 91 %, analytic 9 %'."""
     return ", ".join(f"{name} {percent(share)}" for name, share in parts.items())
+
+
+def routing(stats: RoutingStats, plan: Plan) -> str:
+    """Which routing of tokens to experts step times rest on, in a sentence."""
+    spread = any(pool.ep > 1 for pool in plan.serving)
+    effect = "" if spread else ", of no effect where no replica spreads experts (ep above 1)"
+    return f"Routing: {stats.source}{effect}."

@@ -1,0 +1,158 @@
+"""`shardwise place-experts`, run in this process on made-up counts for Mixtral and DeepSeek-V3."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hwmodels.huggingface import load_model
+from hwmodels.routingfiles import read_routing
+from planner.placement import Problem, objective_of
+from planner.placementfiles import NAMES, SGLANG, VLLM, VLLM_ASCEND
+from ui.cli import main
+from ui.placingexperts import BASELINES, seconds_per_choice
+
+MIXTRAL = ("--model", "mixtral-8x7b", "--hardware", "h100-sxm")
+
+
+@pytest.fixture
+def counts(tmp_path):
+    made = np.random.default_rng(0).integers(50, 1000, (32, 8))
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps({"logical_count": made.tolist()}))
+    return path
+
+
+def run(capsys, *words):
+    code = main(["place-experts", *map(str, words)])
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+def test_the_table_has_the_solver_and_the_baselines(counts, capsys):
+    code, out, _ = run(capsys, counts, *MIXTRAL, "--gpus", 4, "--solver", "exact")
+    assert code == 0
+    first = [line.split()[0] for line in out.splitlines() if line.split()]
+    assert [word for word in first if word in (*BASELINES, "exact")] == [*BASELINES, "exact"]
+    assert "load alone" in out
+
+
+def test_json_tells_what_the_placement_costs_and_what_none_undercuts(counts, capsys):
+    code, out, _ = run(capsys, counts, *MIXTRAL, "--gpus", 4, "--solver", "exact", "--concentration", 0.5, "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert set(answer["baselines"]) == set(BASELINES)
+    assert answer["gap"] == pytest.approx(0, abs=1e-9)
+    assert answer["traffic_term"] > 0
+    for entry in (answer, *answer["baselines"].values()):
+        assert {"busiest_over_mean", "objective", "bound", "gap", "wall_s"} <= set(entry)
+        assert answer["objective"] <= entry["objective"] * (1 + 1e-9)
+        assert entry["bound"] == answer["bound"] <= entry["objective"]
+        assert entry["gap"] == pytest.approx(1 - entry["bound"] / entry["objective"])
+        assert entry["objective"] == pytest.approx(entry["load_term"] + entry["traffic_term"])
+        assert entry["busiest_over_mean"] == pytest.approx(np.mean(entry["busiest_over_mean_layers"]))
+        # The load term is choices on the busiest rank, layer by layer, at the price of a choice.
+        per_rank = answer["tokens"] * 2 / 4 * answer["seconds_per_choice"]
+        assert entry["load_term"] == pytest.approx(sum(entry["busiest_over_mean_layers"]) * per_rank)
+
+
+def test_saved_maps_cost_what_the_answer_says(counts, capsys, tmp_path):
+    folder = tmp_path / "maps"
+    words = ("--gpus", 4, "--replicas", 4, "--seconds", 2, "--save", folder, "--json")
+    code, out, _ = run(capsys, counts, *MIXTRAL, *words)
+    assert code == 0
+    answer = json.loads(out)
+    assert answer["slots_per_gpu"] == 3
+    assert answer["saved"]["redundant_experts"] == 4
+    assert sorted(path.name for path in folder.iterdir()) == sorted(NAMES) == sorted(answer["saved"]["files"])
+    maps = np.array(json.loads((folder / SGLANG).read_text())["physical_to_logical_map"])
+    assert maps.tolist() == json.loads((folder / VLLM).read_text())
+    devices = [layer["device_list"] for layer in json.loads((folder / VLLM_ASCEND).read_text())["layer_list"]]
+    assert [[e for device in row for e in device["device_expert"]] for row in devices] == maps.tolist()
+    holds = (maps.reshape(32, 4, 3)[..., None] == np.arange(8)).any(axis=2).transpose(0, 2, 1)
+    loads = read_routing(counts, load_model("mixtral-8x7b")).loads
+    judged = objective_of(Problem(loads, None, 4, 3, 4), holds).objective / 32 * 4
+    assert judged == pytest.approx(answer["saved"]["busiest_over_mean"])
+    if not answer["saved"]["filled_slots"]:
+        assert judged == pytest.approx(answer["busiest_over_mean"])
+
+
+def test_dense_layers_have_rows_for_sglang_only(tmp_path, capsys):
+    made = np.random.default_rng(1).integers(50, 1000, (58, 256))
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps(made.tolist()))
+    words = ("--gpus", 16, "--replicas", 16, "--solver", "greedy", "--save", tmp_path / "maps", "--json")
+    code, out, _ = run(capsys, path, *words)
+    assert code == 0
+    assert json.loads(out)["saved"]["filled_slots"] == 16 * 58
+    maps = json.loads((tmp_path / "maps" / SGLANG).read_text())["physical_to_logical_map"]
+    assert len(maps) == 61
+    assert {len(row) for row in maps} == {272}
+    assert maps[0] == [*range(256), *range(16)]
+    assert maps[3:] == json.loads((tmp_path / "maps" / VLLM).read_text())
+
+
+def test_a_choice_costs_what_its_arithmetic_takes_at_a_rate_the_device_has():
+    from hwmodels.hardware import load_cluster
+    from hwmodels.mapping import Precision
+
+    model, cluster = load_model("mixtral-8x7b"), load_cluster("h100-sxm", 4)
+    block = model.layers[0].feed_forward
+    flops = 3 * 2 * model.hidden * block.intermediate
+    for name in ("bf16", "fp8"):
+        ideal = flops / cluster.device.peak_flops_per_s[name]
+        assert ideal < seconds_per_choice(model, block, cluster, Precision(name, name)) < 6 * ideal
+
+
+def test_traffic_is_priced_by_the_links_between_the_gpus(counts, capsys):
+    terms = {}
+    for name, gpus in (("hgx-h100", 8), ("hgx-h100", 4), ("hgx-h100-ethernet", 8), ("pcie5-node", 4)):
+        words = ("--hardware", name, "--gpus", gpus, "--solver", "contiguous", "--concentration", 0.2, "--json")
+        code, out, _ = run(capsys, counts, "--model", "mixtral-8x7b", *words)
+        assert code == 0
+        terms[name, gpus] = json.loads(out)["traffic_term"]
+    assert terms["pcie5-node", 4] > 2 * terms["hgx-h100", 4] > 0
+    assert terms["hgx-h100-ethernet", 8] == pytest.approx(terms["hgx-h100", 8])  # one node: the network is not used
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("--gpus", 4, "--replicas", 3), 4, "8 experts and 3 replicas do not divide over 4 GPUs"),
+        (("--gpus", 4, "--slots", 1), 4, "4 slots are missing"),
+        (("--gpus", 4, "--slots", 2, "--replicas", 4), 4, "4 replicas beyond the 0 slots"),
+        (("--gpus", 4, "--solver", "best"), 2, "--solver 'best': expected one of large"),
+        (("--gpus", 4, "--seconds", "nan"), 2, "--seconds nan"),
+        (("--gpus", 4, "--weights", "fp5"), 2, "--weights 'fp5'"),
+        (("--gpus", 4, "--weights", "fp4"), 2, "does not multiply in fp4"),
+        (("--gpus", 4, "--concentration", 1.5), 2, "--concentration"),
+        (("--gpus", 4, "--groups", 3), 4, "3 groups"),
+        (("--gpus", 4, "--hardware", "h101"), 3, "unknown hardware 'h101'"),
+        (("--gpus", 4, "--model", "llama-3.1-8b"), 3, "llama-3.1-8b is dense"),
+        (("--gpus", 4, "--model", "deepseek-v3"), 3, "32 layers"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(counts, capsys, tmp_path, words, code, says):
+    folder = tmp_path / "maps"
+    found, out, err = run(capsys, counts, *MIXTRAL, "--save", folder, *words)
+    assert (found, out) == (code, "")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_is_told_before_the_work(counts, capsys):
+    code, _, err = run(capsys, counts, *MIXTRAL, "--gpus", 4, "--save", counts)
+    assert code == 8
+    assert err.count("\n") == 1
+
+
+def test_a_recording_that_misses_an_expert_says_so(tmp_path, capsys):
+    made = np.ones((32, 8), int)
+    made[5, 3] = 0
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps(made.tolist()))
+    code, _, err = run(capsys, path, *MIXTRAL, "--gpus", 4)
+    assert code == 3
+    assert "layer 5, expert 3" in err
+    assert run(capsys, path, *MIXTRAL, "--gpus", 4, "--solver", "greedy", "--add-count", 1)[0] == 0
