@@ -61,11 +61,6 @@ class Sized:
     trials: tuple[Trial, ...]
     rough: bool = False
 
-    @property
-    def optimism(self) -> float | None:
-        """Predicted over simulated rate, None where no highest rate was simulated."""
-        return self.point.rate_per_s / self.trial.rate_per_s if self.trial is not None else None
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sizings:
