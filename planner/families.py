@@ -207,7 +207,7 @@ class _Comparison:
                     value = trial.goodput_per_s / self.total
                     found.append(Ranked(home, value, value, inf, trial, trial.goodput_per_s))
                 else:
-                    value = self._value(home, trial.output_tokens_per_s, trial.mean_e2e_s)
+                    value = self._value(home, trial)
                     found.append(Ranked(home, value, -value, 0.0, trial))
         found.sort(key=lambda ranked: -ranked.score)
         self.ranked += found
@@ -268,21 +268,21 @@ class _Comparison:
                     )  # fmt: skip
                 ranked.append(Ranked(one.plan, value, value, inf, asked or trial, trial.goodput_per_s))
                 continue
-            value = self._value(one.plan, trial.output_tokens_per_s, trial.mean_e2e_s)
+            value = self._value(one.plan, trial)
             ranked.append(Ranked(one.plan, value, -value, 0.0, trial))
         return ranked
 
-    def _value(self, plan: Plan, tokens_per_s: float, mean_e2e_s: float) -> float:
-        """The objective of a plan at the demanded rate."""
+    def _value(self, plan: Plan, trial: Trial) -> float:
+        """The objective of a plan simulated at the demanded rate."""
         if self.question.objective == "fewest-gpus":
             return float(plan.gpus_used)
         if self.question.objective == "latency":
-            return mean_e2e_s
+            return trial.mean_e2e_s
+        if self.question.objective == "energy":
+            return trial.joules_per_token or inf
         devices = [(self.catalogue.of(pool).cluster.device, pool.gpus) for pool in plan.pools]
-        if self.question.objective == "cost":
-            per_h = sum((device.price_usd_per_h or 0.0) * gpus for device, gpus in devices)
-            return per_h / 3600 / tokens_per_s * 1e6
-        return sum(device.tdp_w * gpus for device, gpus in devices) / tokens_per_s
+        per_h = sum((device.price_usd_per_h or 0.0) * gpus for device, gpus in devices)
+        return per_h / 3600 / trial.output_tokens_per_s * 1e6
 
     def _family(self, name: str, found: Sizings, ranked: list[Ranked], wall_s: float) -> Family:
         question = self.question

@@ -34,15 +34,22 @@ def shared_plans(question: Question, catalogue: Catalogue, until_s: float) -> li
     pools = _cuts(question, catalogue)
     plans = [_plan(question, catalogue, ruled) for pool in pools for ruled in _rules(question, pool)]
 
+    energy = question.objective == "energy"
+
     def measure(task: tuple[Plan, float]) -> Measured:
         plan, guess = task
         if time.perf_counter() > until_s and not guess:
             return plan, None, []
-        deployment = catalogue.deployment(plan)
+        deployment = catalogue.deployment(plan, with_work=energy)
         if question.objective != "goodput-per-gpu":
             trial = attempt(
-                deployment, question.requests, question.demanded_per_s, question.limits, question.seed
-            )  # fmt: skip
+                deployment,
+                question.requests,
+                question.demanded_per_s,
+                question.limits,
+                question.seed,
+                energy=energy,
+            )
             return plan, trial if trial.meets else None, [trial]
         rate = guess or plan.pools[0].replicas * _estimate(question, catalogue, plan.pools[0])
         best, trials = capacity(
@@ -60,7 +67,7 @@ def shared_plans(question: Question, catalogue: Catalogue, until_s: float) -> li
         return plan, best, trials
 
     for plan in plans:
-        catalogue.replica(plan.pools[0])  # compiled before the workers are forked
+        catalogue.replica(plan.pools[0], with_work=energy)  # compiled before the workers are forked
     with Workers(measure, question.jobs or available_cpus()) as workers:
         first = workers.map([(plan, 0.0) for plan in plans])
         if question.objective != "goodput-per-gpu":

@@ -239,6 +239,8 @@ def _score(question: Question, one: Sized) -> float:
         return -inf
     if question.objective == "goodput-per-gpu":
         return one.trial.goodput_per_s
+    if question.objective == "energy":
+        return -(one.trial.joules_per_token or inf)
     return -one.trial.mean_e2e_s if question.objective == "latency" else -one.point.value
 
 
@@ -247,17 +249,23 @@ def _simulated(
 ) -> list[Sized]:
     """The plans that have room on the cluster, simulated; the best ones with all requests."""
 
+    energy = question.objective == "energy"
+
     def measure(task: tuple[Plan, Point, float]) -> Sized | None:
         plan, point, guess = task
         try:
-            deployment = catalogue.deployment(plan)
+            deployment = catalogue.deployment(plan, with_work=energy)
         except PlanError:  # its replicas do not fill the nodes
             return None
         if question.objective != "goodput-per-gpu":
             trial = attempt(
-                deployment, question.requests, question.demanded_per_s, question.limits, question.seed,
-                energy=False,
-            )  # fmt: skip
+                deployment,
+                question.requests,
+                question.demanded_per_s,
+                question.limits,
+                question.seed,
+                energy=energy,
+            )
             return Sized(plan, point, trial if trial.meets else None, (trial,))
         rough = guess == 0
         best, trials = capacity(
@@ -276,7 +284,7 @@ def _simulated(
 
     for plan, _ in plans:
         for pool in plan.pools:
-            catalogue.of(pool).replica(pool)  # compiled before the workers are forked
+            catalogue.of(pool).replica(pool, with_work=energy)  # compiled before the workers are forked
     with Workers(measure, question.jobs or available_cpus()) as workers:
         first = [one for one in workers.map([(plan, point, 0.0) for plan, point in plans]) if one is not None]
         if question.objective != "goodput-per-gpu":
