@@ -121,10 +121,30 @@ def load_model(name_or_path: str) -> ModelShape:
 
     Raises ProfileError for an unknown name and for a file that cannot be read.
     """
+    return shape_from_config(*_config_of(name_or_path))
+
+
+def stored_weights(name_or_path: str) -> str | None:
+    """The format (hwmodels.mapping.WEIGHT_FORMATS) a model's checkpoint keeps its weights in, as its config.json says.
+
+    'fp8_block' for fp8 in blocks of 128 x 128 (DeepSeek-V3, Kimi-K2, MiniMax-M2), 'fp8' for fp8 with coarser scales;
+    None for weights that are not quantised, and for methods this does not read. Raises as load_model does.
+    """
+    config, *_ = _config_of(name_or_path)
+    nested = config.get("text_config") if isinstance(config, Mapping) else None
+    keys = [part.get("quantization_config") for part in (config, nested) if isinstance(part, Mapping)]
+    found = next((part for part in keys if isinstance(part, Mapping)), {})
+    if found.get("quant_method") != "fp8":
+        return None
+    return {"None": "fp8", "[128, 128]": "fp8_block"}.get(str(found.get("weight_block_size")))
+
+
+def _config_of(name_or_path: str) -> tuple[Any, str, str]:
+    """The keys of a model's config.json, what it is called, and where they are from."""
     if name_or_path in model_names() or name_or_path.endswith((".yaml", ".yml")):
         profile = load_profile(name_or_path)
         where = name_or_path if is_path(name_or_path) else f"{name_or_path}.yaml"
-        return shape_from_config(profile.config, profile.name, where)
+        return profile.config, profile.name, where
     path = Path(name_or_path)
     try:
         path = path / "config.json" if path.is_dir() else path
@@ -137,7 +157,7 @@ def load_model(name_or_path: str) -> ModelShape:
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"{path}: is not JSON ({error}); expected a Hugging Face config.json") from None
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
-    return shape_from_config(config, name, str(path))
+    return config, name, str(path)
 
 
 def unknown(name: str) -> str:

@@ -80,8 +80,8 @@ def calibrate(
     rng      draws the shapes and rows that are fitted to, those of a family whatever other families there are
 
     Coefficients are fitted to all engines together, the rows of each weighing the same, and to each engine's alone.
-    What the device had before stays for families without a table. Raises MeasurementError where no family has enough
-    rows.
+    What the device had before stays for families without a fit; of others, formats without one are gone. Raises
+    MeasurementError where no family has enough rows.
     """
     fits: list[Fit] = []
     records: dict[str, Calibration] = dict(device.calibration)
@@ -105,11 +105,15 @@ def calibrate(
             f"least, and others to check, in one of {', '.join(FORMS)}; measure longer with 'shardwise profile'"
         )
     efficiency = device.efficiency
+
+    def kept(before: KernelCoefficients) -> KernelCoefficients:
+        return replace(before, **{fit.family: {} for fit in fits})
+
     engines = {
-        name: _collected([fit for fit in fits if fit.engine == name]).over(efficiency.engines.get(name, _NONE))
+        name: _collected([fit for fit in fits if fit.engine == name]).over(kept(efficiency.engines.get(name, _NONE)))
         for name in dict.fromkeys([*efficiency.engines, *(fit.engine for fit in fits if fit.engine is not None)])
     }
-    kernels = _collected([fit for fit in fits if fit.engine is None]).over(efficiency.kernels)
+    kernels = _collected([fit for fit in fits if fit.engine is None]).over(kept(efficiency.kernels))
     fitted = replace(device, efficiency=replace(efficiency, kernels=kernels, engines=engines), calibration=records)
     return Calibrated(fitted, tuple(sorted(fits, key=lambda fit: fit.engine is not None)), left_out)
 

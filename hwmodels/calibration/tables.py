@@ -15,6 +15,7 @@ from hwmodels.calibration.unknown import started_from
 from hwmodels.errors import MeasurementError
 from hwmodels.hardware import DEVICES, Device, load_device
 from hwmodels.kernels.aiconfigurator import FRAMEWORKS, SYSTEMS
+from hwmodels.kernels.moe_sound import doubtful
 from hwmodels.kernels.sources import WHEEL, read_tables
 from hwmodels.kernels.table import FAMILIES
 from hwmodels.yamlfiles import named
@@ -89,8 +90,9 @@ def engines_of(rows: pd.DataFrame) -> pd.Series:
 def usable(rows: pd.DataFrame, form: Form, device: Device) -> tuple[pd.DataFrame, dict[str, int]]:
     """The rows that say something of a kernel in a step, and how many others there are, by reason.
 
-    Left out are kernels that were host-bound when they were timed (see HOST_BOUND), and rows whose weights or cache
-    came out of the last-level cache, read faster than memory can be: in a step other layers' weights lie in between.
+    Left out are kernels that were host-bound when they were timed (see HOST_BOUND), rows whose weights or cache came
+    out of the last-level cache, read faster than memory can be: in a step other layers' weights lie in between; and
+    expert blocks that were not timed as they run (see hwmodels.kernels.moe_sound).
     """
     unused: dict[str, int] = {}
     if rows.empty:
@@ -113,6 +115,10 @@ def usable(rows: pd.DataFrame, form: Form, device: Device) -> tuple[pd.DataFrame
         if (late & keep).any():
             unused["host-bound when it was timed"] = int((late & keep).sum())
         keep &= ~late
+    if form.family == "moe":
+        for reason, mask in doubtful(rows, device).items():
+            unused[reason] = int((mask & keep).sum())
+            keep &= ~mask
     return rows[keep].reset_index(drop=True), unused
 
 

@@ -9,6 +9,7 @@ power law      popularity of experts is drawn from a density x^-exponent on 1 ..
                3.4 (1.01) to 5.7 times (1.2), where any one rank or the average of ranks would stay near 1. Few tokens
                touch fewer experts than balanced: about half as many at tokens = experts / top_k
 uniform        every token picks its experts independently, all equally popular; no table measures it
+recorded       that of the measured ones which is nearest to recorded counts (see RECORDED)
 """
 
 from __future__ import annotations
@@ -25,6 +26,18 @@ from hwmodels.operators import busiest_rank_experts, busiest_rank_rows, expected
 
 Array = NDArray[np.float64]
 
+#: By a model's experts, the measured distribution whose busiest rank is nearest to that of recorded counts; of other
+#: models, that of the nearest number of experts. Busiest rank over the mean on contiguous ranks (hwmodels.busiest, mean
+#: over the layers and over the files of ../shared/reference/moe_routing; the laws at 16,384 tokens):
+#:                                             ep 4    ep 8    ep 32   ep 64   mean |log error|, ep 2 to all experts
+#: DeepSeek-V3, 256 experts, 5 recordings      1.57    1.89    2.68    3.27
+#: power law 1.01                              1.25    1.54    2.70    4.05    0.25
+#: power law 1.2 (AIConfigurator's default)    1.35    1.91    4.20    6.39    0.42
+#: balanced                                    1       1       1       1       0.98
+#: Mixtral-8x7B, 8 experts, 3 recordings       1.14    1.28
+#: balanced                                    1       1                       0.17
+#: power law 1.01                              3.15    5.64                    0.85
+RECORDED = {8: "balanced", 256: "power_law_1.01"}
 #: Most popular expert of a power law, as a share of the tokens: the largest value the draws are scaled to.
 LARGEST = 0.8
 #: Random placements of experts on ranks whose busiest ranks are averaged.
@@ -44,12 +57,18 @@ class Load:
     touched: Array
 
 
-def exponent_of(distribution: str | float) -> float:
+def exponent_of(distribution: str | float, experts: int | None = None) -> float:
     """-1 for 'balanced', 0 for 'uniform', else the power law's exponent; raises MeasurementError for other words.
+
+    experts   of the model, where 'recorded' may be asked for
 
     >>> exponent_of("power_law_1.2"), exponent_of(1.01), exponent_of("balanced")
     (1.2, 1.01, -1.0)
+    >>> exponent_of("recorded", 384), exponent_of("recorded", 16)
+    (1.01, -1.0)
     """
+    if distribution == "recorded" and experts is not None:
+        distribution = RECORDED[min(RECORDED, key=lambda known: abs(np.log(known / experts)))]
     if distribution == "balanced":
         return -1.0
     if distribution == "uniform":
@@ -59,15 +78,16 @@ def exponent_of(distribution: str | float) -> float:
         exponent = float(text)
     except ValueError:
         exponent = np.nan
-    if not 0 <= exponent < 10:
+    if exponent != -1 and not 0 <= exponent < 10:
         raise MeasurementError(
             f"routing {distribution!r}: expected 'balanced', 'uniform' or the exponent of a power law from 0 to 10"
         )
     return exponent
 
 
-def load(tokens: Array, experts: int, top_k: int, ep: int, exponent: float) -> Load:
-    """What `tokens` tokens of all ranks bring the timed rank; exponent as exponent_of says."""
+def load(tokens: Array, experts: int, top_k: int, ep: int, routing: str | float) -> Load:
+    """What `tokens` tokens of all ranks bring the timed rank; routing as exponent_of takes it, or what it gave."""
+    exponent = exponent_of(routing, experts)
     here = experts / ep
     mean = tokens * top_k / ep
     if exponent < 0:

@@ -19,6 +19,7 @@ from hwmodels.kernels.cache import cached, fingerprint
 from hwmodels.kernels.collective import CollectiveTimes
 from hwmodels.kernels.gemm import BatchedGemmTimes, GemmTimes
 from hwmodels.kernels.moe import MoeTimes
+from hwmodels.kernels.moe_sound import sound
 from hwmodels.kernels.table import beyond_peak
 
 #: Whose kernels stand in where an engine's own were not timed, by engine: the families were timed with different care.
@@ -73,7 +74,11 @@ def open_kernels(device: Device, choice: Mapping[str, str], wheel: Wheel | None 
 
     def load(kind: type[M], family: str) -> M | None:
         whose = _frameworks(wheel, device.name, choice, family)
-        names = {*whose.values(), "nccl"} if family == "collective" else set(whose.values())
+        names = set(whose.values())
+        if family == "moe":
+            names |= set(STAND_INS)
+        if family == "collective":
+            names.add("nccl")
         files = [path for name in sorted(names) for path in wheel.files(device.name, name, family)]
         if not files:
             return None
@@ -112,19 +117,36 @@ def _frameworks(wheel: Wheel, device: str, choice: Mapping[str, str], family: st
 
 
 def measured_rows(wheel: Wheel, device: Device, choice: Mapping[str, str], family: str) -> pd.DataFrame:
-    """Rows of the chosen frameworks (for collectives NCCL's too) that the device's peaks allow."""
+    """Rows of the chosen frameworks (for collectives NCCL's too) that the device's peaks allow.
+
+    Formats of experts of which a framework has doubtful timings only (hwmodels.kernels.moe_sound) are a stand-in's.
+    """
     whose = _frameworks(wheel, device.name, choice, family)
     frames = []
     for dtype, name in whose.items():
         rows = wheel.read(device.name, name, family)
         if (name, family) == ("tensorrt-llm", "gemm"):
             rows = without_scaling(rows, wheel.read(device.name, name, "quantize"))
+        if family == "moe":
+            rows = _sound(wheel, device, name, rows)
         frames.append(rows[rows["dtype"] == dtype] if dtype else rows[~rows["dtype"].isin(list(whose))])
     if family == "collective":
         frames.append(wheel.read(device.name, "nccl", family))
     rows = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
     kept: pd.DataFrame = rows[~beyond_peak(rows, family, device)].reset_index(drop=True)
     return kept
+
+
+def _sound(wheel: Wheel, device: Device, engine: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """The engine's timings of experts without the doubtful ones; what formats lose by that all, a stand-in's."""
+    frames = [sound(rows, device)]
+    lost = set(rows["dtype"]) - set(frames[0]["dtype"])
+    for other in STAND_INS[engine][1:]:
+        if lost:
+            theirs = sound(wheel.read(device.name, other, "moe"), device)
+            frames.append(theirs[theirs["dtype"].isin(list(lost))])
+            lost -= set(theirs["dtype"])
+    return pd.concat(frames, ignore_index=True)
 
 
 def without_scaling(products: pd.DataFrame, quantize: pd.DataFrame) -> pd.DataFrame:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from hwmodels.contextattention import ContextTimes, context_sources
 from hwmodels.hardware import Cluster
 from hwmodels.kernels.estimate import Estimate
 from hwmodels.kernels.library import Kernels
 from hwmodels.mapping import Mapping
-from hwmodels.operators import Array, AttentionCore, Communication, Experts, Gemm, Operator
+from hwmodels.operators import (
+    Array,
+    AttentionCore,
+    Communication,
+    ContextAttention,
+    Experts,
+    Gemm,
+    Operator,
+    attended_pairs,
+)
 from hwmodels.roofline import AnalyticCost, attention_format, product_format
 
-#: Popularity of experts: a power law of this exponent, the one of the measured distributions that is nearest to what
-#: serving shows (AIConfigurator's default too); hwmodels.kernels.expert_routing says what it means.
-ROUTING = 1.2
+#: Popularity of experts: the measured distribution nearest to what serving shows (see hwmodels.kernels.expert_routing).
+ROUTING = "recorded"
 
 
 class MeasuredCost:
@@ -32,6 +43,8 @@ class MeasuredCost:
 
     def time_s(self, op: Operator) -> Array:
         """Seconds all launches of `op` take, one value per batch size it stands for."""
+        if isinstance(op, ContextAttention):
+            return op.count * self.context(op).total_s
         found = self.estimate(op)
         if found is None:
             return self.analytic.time_s(op)
@@ -39,12 +52,18 @@ class MeasuredCost:
 
     def sources(self, op: Operator) -> dict[str, float]:
         """The same seconds, summed, by what they rest on."""
+        if isinstance(op, ContextAttention):
+            return context_sources(self.analytic.cluster, self.analytic.context_groups, op, _Blocks(self))
         found = self.estimate(op)
         if found is None:
             return self.analytic.sources(op)
         seconds = op.count * np.where(op.bytes > 0, found.seconds, 0.0)
         measured = float(np.sum(seconds * found.measured))
         return {"measured": measured, "extended": float(np.sum(seconds)) - measured}
+
+    def context(self, op: ContextAttention) -> ContextTimes:
+        """One launch of attention over several ranks."""
+        return self.analytic.context(op, _Blocks(self))
 
     def estimate(self, op: Operator) -> Estimate | None:
         """One launch of `op`, from the tables; None where its kind was not measured. Sizes of 0 count as 1."""
@@ -104,3 +123,29 @@ class MeasuredCost:
         if self.kernels.collective is None or len(ranks) == 1 or not self.within[op.group]:
             return None
         return self.kernels.collective.time_s(op.kind, len(ranks), np.maximum(op.bytes, 1.0))
+
+
+class _Blocks:
+    """Prices blocks of attention between ranks.
+
+    Measured kernels attend causally: blocks with more or fewer unmasked pairs than that are scaled by what the analytic
+    model tells of the two.
+    """
+
+    def __init__(self, measured: MeasuredCost) -> None:
+        self.measured = measured
+
+    def time_s(self, op: Operator) -> Array:
+        """Seconds of all launches of the operator."""
+        measured: Array = self.measured.time_s(op)
+        if not isinstance(op, AttentionCore) or op.phase != "prefill" or self.measured.estimate(op) is None:
+            return measured
+        causal = replace(op, pairs=attended_pairs(op.queries, op.read, op.window_tokens))
+        was, now = self.measured.analytic.time_s(causal), self.measured.analytic.time_s(op)
+        return measured * np.divide(now, was, out=np.ones_like(measured), where=was > 0)
+
+    def sources(self, op: Operator) -> dict[str, float]:
+        """The same seconds by what they rest on."""
+        found, seconds = self.measured.sources(op), float(np.sum(self.time_s(op)))
+        total = sum(found.values())
+        return {source: value / total * seconds for source, value in found.items()} if total else found

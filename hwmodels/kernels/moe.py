@@ -120,10 +120,10 @@ class MoeTimes:
         """One launch on the rank that is timed; None where neither the format nor a near one was measured.
 
         tokens         of all ranks that share the experts, at least 1
-        distribution   'balanced', 'uniform', or a power law by name or exponent (see hwmodels.kernels.expert_routing)
+        distribution   'balanced', 'uniform', 'recorded', or a power law by name or exponent (see expert_routing)
         """
         shape = Shape(hidden, intermediate, experts, top_k, tp, ep, int(gated))
-        exponent = exponent_of(distribution)
+        exponent = exponent_of(distribution, experts)
         key = (dtype, shape, exponent)
         if key not in self._memo:
             self._memo[key] = self._priced(dtype, shape, exponent)
