@@ -256,6 +256,8 @@ def deepseek(router_bias: bool) -> Reader:
             top_k=keys.num_experts_per_tok,
             shared_intermediate=keys.n_shared_experts * keys.moe_intermediate_size,
             router_bias=router_bias,
+            groups=keys.n_group,
+            top_groups=keys.topk_group,
         )
         norms = 2 * keys.hidden_size + keys.kv_lora_rank + (keys.q_lora_rank or 0)
 

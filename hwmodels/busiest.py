@@ -10,6 +10,7 @@ ranks further apart than this.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -29,6 +30,8 @@ MANY = 200.0
 TOKENS = tuple(int(n) for n in np.unique(np.round(2.0 ** np.r_[0:8:0.5, 8:18])))
 #: Probabilities of the quantiles that are kept of the busiest rank's tokens.
 LEVELS = np.array([0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999])
+#: Equally likely parts that a layer's steps are cut into where layers are put together.
+STEPS = 1000
 #: What a table has for each layer.
 PER_LAYER = ("mean", "rows", "deviation", "quantiles", "active", "touched")
 
@@ -136,6 +139,7 @@ class BusiestRank:
     quantiles   [L, T, Q] of the busiest rank's tokens, at LEVELS
     active      expected experts with at least one token on the average rank
     touched     expected experts with at least one token on the rank that has most of them
+    shares      [L, G] of the choices that fall on each rank
     """
 
     tokens: Array
@@ -145,6 +149,7 @@ class BusiestRank:
     quantiles: Array
     active: Array
     touched: Array
+    shares: Array
 
     @property
     def average(self) -> BusiestRank:
@@ -166,6 +171,17 @@ class BusiestRank:
         """[L] tokens of the busiest rank in one step of `tokens` tokens, independent between layers."""
         levels = self._lines(self.quantiles, np.array([float(tokens)]))[:, 0]
         return np.array([np.interp(u, LEVELS, row) for u, row in zip(rng.random(len(levels)), levels, strict=True)])
+
+    def over_mean(self, tokens: float, levels: Sequence[float]) -> Array:
+        """Quantiles at `levels` of busiest / average rank's tokens in steps of `tokens` tokens, over steps and layers.
+
+        Every layer of every step counts once; beyond the outermost LEVELS a layer's tokens are taken as those there.
+        """
+        each = self._lines(self.quantiles, np.array([float(tokens)]))[:, 0]
+        each /= self.mean[:, :1] / self.tokens[0] * float(tokens)
+        parts = (np.arange(STEPS) + 0.5) / STEPS
+        found: Array = np.quantile(np.array([np.interp(parts, LEVELS, row) for row in each]), np.asarray(levels))
+        return found
 
     def _lines(self, values: Array, tokens: Array) -> Array:
         """`values` [L, T, ...] at `tokens` [N], [L, N, ...]: values per token as lines of 1 / sqrt(tokens), the law of
@@ -202,7 +218,10 @@ def busiest_rank(stats: RoutingStats, rank_shares: Array, tokens: tuple[int, ...
         active[:, column] = picked.sum(axis=2).mean(axis=1)
         touched[:, column] = most_touched(picked)
     at = np.asarray(tokens, dtype=np.float64)
-    return BusiestRank(at, means.mean(axis=1, keepdims=True) * at, rows, deviation, quantiles, active, touched)
+    return BusiestRank(
+        at, means.mean(axis=1, keepdims=True) * at, rows, deviation, quantiles, active, touched,
+        means / means.sum(axis=1, keepdims=True),
+    )  # fmt: skip
 
 
 def most_touched(picked: Array) -> Array:

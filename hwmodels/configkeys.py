@@ -173,6 +173,8 @@ class DeepSeekMoe(DeepSeek, Routed):
     """DeepSeek-V2, V3, R1 and Kimi K2."""
 
     experts: Count = Field(validation_alias="n_routed_experts")
+    n_group: Count = 1
+    topk_group: Count = 1
     moe_intermediate_size: Count
     n_shared_experts: Annotated[int, Field(ge=0)]
     first_k_dense_replace: Annotated[int, Field(ge=0)]

@@ -8,7 +8,7 @@ fitted to published tables (tests/published/test_deepep.py fits them again and p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -71,6 +71,8 @@ NVLINK = Kernel(
     source="TensorRT-LLM's all-to-all on GB200 NVL72, published table, 8 ranks",
 )  # fmt: skip
 KERNELS = {kernel.name: kernel for kernel in (LOW_LATENCY, NORMAL, NVLINK)}
+#: Devices of a node beyond which it is one of NVLink alone, whose engines bring the kernel 'nvlink'.
+BOARD = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,11 +151,16 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Phases:
-    """Seconds of one exchange by phase, and the kernel that was fastest at each size."""
+    """Seconds of one exchange by phase, the kernel that is fastest at each size, and its slowest link in each phase."""
 
     dispatch_s: Array
     combine_s: Array
     kernel: NDArray[np.str_]
+    links: tuple[NDArray[np.str_], NDArray[np.str_]]
+
+    def link(self, phase: str) -> NDArray[np.str_]:
+        """The slowest link of 'dispatch' or 'combine' at each size."""
+        return self.links[phase == "combine"]
 
     @property
     def total_s(self) -> Array:
@@ -162,41 +169,62 @@ class Phases:
 
 
 def exchange_s(
-    cluster: Cluster, ranks: Sequence[int], tokens: ArrayLike, routed: Routed, mode: Mode = "best"
+    cluster: Cluster,
+    ranks: Sequence[int],
+    tokens: ArrayLike,
+    routed: Routed,
+    mode: Mode = "best",
+    layers: Array | None = None,
 ) -> Phases:
     """Dispatch and combine of `tokens` tokens on each of `ranks`; nothing where one rank holds all experts.
 
-    mode   a kernel, or the faster of DeepEP's two, as engines choose between decode and prefill
+    mode     a kernel, or the faster of those that engines choose from on the cluster
+    layers   [layers, ranks] shares of the choices on each rank in several layers, whose mean time is taken; None: those
+             of `routed`
 
     Raises MappingError for an unknown mode, ranks the cluster does not have or cannot join, and impossible shares.
     """
     if mode != "best" and mode not in KERNELS:
         raise MappingError(f"exchange mode {mode!r}: expected one of best, {', '.join(KERNELS)}")
-    kernels = (LOW_LATENCY, NORMAL) if mode == "best" else (KERNELS[mode],)
-    found = [compile_exchange(cluster, tuple(ranks), routed, kernel) for kernel in kernels]
-    dispatch = np.stack([exchange.dispatch_s(tokens) for exchange in found])
-    combine = np.stack([exchange.combine_s(tokens) for exchange in found])
+    kernels = kernels_of(cluster) if mode == "best" else (KERNELS[mode],)
+    blocks = [routed] if layers is None else [replace(routed, shares=shares) for shares in layers]
+    found = [[compile_exchange(cluster, tuple(ranks), block, kernel) for block in blocks] for kernel in kernels]
+    dispatch = np.stack([np.mean([exchange.dispatch_s(tokens) for exchange in each], axis=0) for each in found])
+    combine = np.stack([np.mean([exchange.combine_s(tokens) for exchange in each], axis=0) for each in found])
     best = (dispatch + combine).argmin(axis=0)[None]
     return Phases(
         np.take_along_axis(dispatch, best, 0)[0],
         np.take_along_axis(combine, best, 0)[0],
-        np.array([exchange.kernel for exchange in found])[best[0]],
+        np.array([kernel.name for kernel in kernels])[best[0]],
+        (
+            np.array([each[0].links[0] for each in found])[best[0]],
+            np.array([each[0].links[1] for each in found])[best[0]],
+        ),
     )
+
+
+def kernels_of(cluster: Cluster) -> tuple[Kernel, ...]:
+    """Those an engine chooses from: DeepEP's for few tokens and for many, or that of racks joined by NVLink."""
+    return (NVLINK,) if cluster.gpus_per_node > BOARD else (LOW_LATENCY, NORMAL)
 
 
 def compile_exchange(cluster: Cluster, ranks: tuple[int, ...], routed: Routed, kernel: Kernel) -> Exchange:
     """The exchange by one kernel. Raises as exchange_s."""
-    if routed.shares is None:
-        key = (routed.hidden, routed.top_k, routed.experts, routed.dispatch, routed.combine, routed.max_nodes)
-        return _compiled(cluster, ranks, key, kernel)
-    return _compile(cluster, ranks, routed, kernel)
+    shares = None if routed.shares is None else np.ascontiguousarray(routed.shares, dtype=np.float64)
+    key = (routed.hidden, routed.top_k, routed.experts, routed.dispatch, routed.combine, routed.max_nodes)
+    return _compiled(cluster, ranks, key, None if shares is None else (shares.shape, shares.tobytes()), kernel)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _compiled(
-    cluster: Cluster, ranks: tuple[int, ...], key: tuple[int, int, int, str, str, int | None], kernel: Kernel
+    cluster: Cluster,
+    ranks: tuple[int, ...],
+    key: tuple[int, int, int, str, str, int | None],
+    shares: tuple[tuple[int, ...], bytes] | None,
+    kernel: Kernel,
 ) -> Exchange:
-    return _compile(cluster, ranks, Routed(*key), kernel)
+    drawn = None if shares is None else np.frombuffer(shares[1]).reshape(shares[0])
+    return _compile(cluster, ranks, Routed(*key, shares=drawn), kernel)
 
 
 def _compile(cluster: Cluster, ranks: tuple[int, ...], routed: Routed, kernel: Kernel) -> Exchange:

@@ -251,7 +251,7 @@ def encode_times_s(
     tiles = np.arange(1.0, max_tiles + 1)
     total = np.full(max_tiles, engine.step_overhead_s + engine.prompt_overhead_s)
     for op in encode_operators(encoder, tiles, patches, precision):
-        total += cost.time_s(op) * kept(op, engine)
+        total += cost.time_s(op) * kept(op, cost, engine)
     return packed(np.concatenate([[0.0], np.maximum.accumulate(total)]))
 
 

@@ -28,6 +28,7 @@ class Engine:
                           captured graphs, and its inputs are new
     unfused               share of the time of norms, rotations and activation functions that the engine does not hide
                           in the kernels beside them
+    overlaps_shared_experts   whether shared experts run while tokens are on their way to the routed ones
     request_overhead_s    from the client to the scheduler and back: network, parsing, tokens to text
     memory_fraction       share of the device's memory the engine may use
     reserve_bytes         part of that share taken by CUDA context, graphs and communication buffers
@@ -43,6 +44,7 @@ class Engine:
     request_overhead_s: float = Field(ge=0)
     memory_fraction: float = Field(gt=0, le=1)
     reserve_bytes: float = Field(ge=0)
+    overlaps_shared_experts: bool = True
 
     def __post_init__(self) -> None:
         """Raise ProfileError where no framework is named for what has none of its own."""

@@ -15,6 +15,7 @@ from hwmodels.step_model import (
     kept,
     linear_operators,
     prefill_operators,
+    rank_tokens,
     shared_operators,
 )
 
@@ -31,7 +32,7 @@ def reference_operators(model: ModelShape, mapping: Mapping, precision: Precisio
     found += shared_operators(model, model.layers, tokens * mapping.attention_dp, mapping, precision)
     found += decode_operators(model.layers, SEQUENCES * one, SEQUENCES * context * one, mapping, precision)
     found += prefill_operators(model.layers, CHUNK_TOKENS * one, 0 * one, mapping, precision)
-    found += ops.language_model_head(model, (SEQUENCES + 1) * one, mapping.tp)
+    found += ops.language_model_head(model, rank_tokens((SEQUENCES + 1) * one, mapping.cp), mapping.tp)
     return found
 
 
@@ -49,8 +50,9 @@ def evidence(
     """
     seconds: dict[str, float] = {}
     for op in reference_operators(model, mapping, precision):
+        share = float(np.mean(kept(op, cost, engine)))
         for source, value in cost.sources(op).items():
-            seconds[source] = seconds.get(source, 0.0) + value * kept(op, engine)
+            seconds[source] = seconds.get(source, 0.0) + value * share
     total = sum(seconds.values())
     ranked = sorted(seconds.items(), key=lambda item: -item[1])
     return {source: value / total for source, value in ranked if value > 0}

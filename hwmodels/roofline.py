@@ -13,6 +13,8 @@ import numpy as np
 
 from hwmodels import kernelforms
 from hwmodels.collectives import Collective, compile_collective
+from hwmodels.contextattention import ContextTimes, Prices, context_sources, context_times, groups_of
+from hwmodels.dispatch import Phases, Routed, exchange_s
 from hwmodels.efficiency import DecodeCoefficients, ExpertCoefficients, GemmCoefficients, PrefillCoefficients
 from hwmodels.hardware import Cluster, Device
 from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, Mapping, Precision, weight_bytes
@@ -20,7 +22,9 @@ from hwmodels.operators import (
     Array,
     AttentionCore,
     Communication,
+    ContextAttention,
     Elementwise,
+    ExpertExchange,
     Experts,
     Gemm,
     GroupedGemm,
@@ -85,20 +89,28 @@ class AnalyticCost:
         self.cluster = cluster
         self.device = cluster.device
         self.groups = rank_groups(mapping)
+        self.context_groups = groups_of(mapping) if mapping.cp > 1 else ()
 
     def time_s(self, op: Operator) -> Array:
         """Seconds all launches of `op` take, one value per batch size it stands for."""
         if isinstance(op, Communication):
             return op.count * self.collective(op.kind, op.group).time_s(op.bytes)
+        if isinstance(op, ExpertExchange):
+            phases = self.exchange(op)
+            return op.count * (phases.dispatch_s if op.phase == "dispatch" else phases.combine_s)
+        if isinstance(op, ContextAttention):
+            return op.count * self.context(op).total_s
         return op.count * self.kernel_time_s(op)
 
     def sources(self, op: Operator) -> dict[str, float]:
         """The same seconds, summed, by what they rest on."""
+        if isinstance(op, ContextAttention):
+            return context_sources(self.cluster, self.context_groups, op, self)
         return {"calibrated" if self.calibrated(op) else "analytic": float(np.sum(self.time_s(op)))}
 
     def calibrated(self, op: Operator) -> bool:
         """Whether the price rests on coefficients fitted to kernels of its family and formats."""
-        if isinstance(op, (Communication, Elementwise, GroupedGemm)):
+        if isinstance(op, (Communication, ExpertExchange, Elementwise, GroupedGemm, ContextAttention)):
             return False
         fitted, key = _fitted_for(op, self.device)
         return bool(key) and key[0] in fitted
@@ -107,12 +119,21 @@ class AnalyticCost:
         """The collective `kind` over the rank group called `group`."""
         return compiled(self.cluster, kind, self.groups[group])
 
+    def exchange(self, op: ExpertExchange) -> Phases:
+        """Both phases of the exchange of which `op` is one, once."""
+        routed = Routed(op.hidden, op.top_k, op.experts, *op.formats, op.max_nodes)
+        return exchange_s(self.cluster, self.groups["ep"], op.tokens, routed, layers=op.shares)
+
+    def context(self, op: ContextAttention, prices: Prices | None = None) -> ContextTimes:
+        """One launch of attention over several ranks, its kernels priced by `prices`; None: by this model."""
+        return context_times(self.cluster, self.context_groups, op, (prices or self).time_s)
+
     def fitted_parts_s(self, op: Operator) -> dict[str, float] | None:
         """Seconds of one launch that 'compute', 'memory' and 'launch' would each take alone.
 
         None where no coefficients were fitted. Compute and memory overlap, the launch does not.
         """
-        if isinstance(op, (Communication, Elementwise, GroupedGemm)):
+        if isinstance(op, (Communication, ExpertExchange, Elementwise, GroupedGemm, ContextAttention)):
             return None
         fitted = _coefficients(op, self.device)
         if fitted is None:
@@ -220,7 +241,7 @@ def _fitted_time_s(op: Gemm | Experts | AttentionCore, c: Coefficients, device: 
         )  # fmt: skip
     if isinstance(op, Experts) and isinstance(c, ExpertCoefficients):
         return kernelforms.experts_time_s(
-            c, op.rows, op.active, op.experts / op.ep, op.hidden, np.ceil(op.intermediate / op.tp), 2 + op.gated,
+            c, op.rows, op.active, (op.experts + op.redundant) / op.ep, op.hidden, np.ceil(op.intermediate / op.tp), 2 + op.gated,
             device, device.peak_flops_per_s[arithmetic_dtype(p, device)], weight_bytes(p.weights),
         )  # fmt: skip
     assert isinstance(op, AttentionCore)
@@ -242,8 +263,9 @@ def _fitted_time_s(op: Gemm | Experts | AttentionCore, c: Coefficients, device: 
 
 def rank_groups(mapping: Mapping) -> dict[str, tuple[int, ...]]:
     """Ranks of the first replica's first groups, numbered as Mapping says."""
-    stage = mapping.tp * mapping.attention_dp
-    return {
+    stage = mapping.tp * mapping.token_groups
+    cp = {"cp": groups_of(mapping)[0]} if mapping.cp > 1 else {}
+    return cp | {
         "tp": tuple(range(mapping.tp)),
         "ep": tuple(range(0, stage, mapping.expert_tp)),
         "expert_tp": tuple(range(mapping.expert_tp)),

@@ -2,7 +2,7 @@
 
 Ranks meet after every layer of experts, so the busiest one sets the time. Operators are cut for uniform routing, where
 only chance tells ranks apart; here they get the rows and touched experts that the recorded popularity of experts and
-the ranks they sit on lead to (hwmodels.busiest), the mean over the mixture layers.
+the ranks they sit on lead to (hwmodels.busiest), the mean over the mixture layers. Exchanges carry each rank's share.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from dataclasses import replace
 import numpy as np
 
 from hwmodels.busiest import BusiestRank
-from hwmodels.operators import Array, Communication, Experts, Operator
+from hwmodels.operators import Array, Communication, ExpertExchange, Experts, Operator
 from hwmodels.roofline import AnalyticCost
 from hwmodels.step_model import CostModel
+
+#: Layers whose shares stand for all in exchanges.
+LAYERS = 8
 
 
 class RoutedCost:
@@ -22,17 +25,24 @@ class RoutedCost:
 
     Measured kernels were timed under a routing of their own, whatever the operator says: their price is scaled by what
     the analytic model tells of the two.
+
+    whole_groups   whether the nodes hold whole groups of experts, so that a model's limit on the groups of a token
+                   limits its nodes
     """
 
-    def __init__(self, inner: CostModel, busiest: BusiestRank) -> None:
+    def __init__(self, inner: CostModel, busiest: BusiestRank, *, whole_groups: bool = True) -> None:
         self.inner = inner
         self.busiest = busiest.average
+        self.shares = typical_layers(busiest.shares)
+        self.whole_groups = whole_groups
 
     def routed(self, op: Operator) -> Operator:
         """The operator for the busiest rank: rows, touched experts, and bytes that go with the rows."""
         if isinstance(op, Experts):
             rows, touched = (values[0] for values in self.busiest.at(op.tokens))
             return replace(op, rows=rows, active=np.minimum(touched, rows))
+        if isinstance(op, ExpertExchange):
+            return replace(op, shares=self.shares, max_nodes=op.max_nodes if self.whole_groups else None)
         if isinstance(op, Communication) and op.experts is not None:
             experts = self.routed(op.experts)
             assert isinstance(experts, Experts)
@@ -65,3 +75,15 @@ class RoutedCost:
         now = self.inner.analytic.time_s(self.routed(op))
         scale: Array = np.divide(now, was, out=np.ones_like(now), where=was > 0)
         return scale
+
+
+def typical_layers(shares: Array) -> Array:
+    """[layers, ranks] at most LAYERS of them, those at even distances in the order of their busiest ranks.
+
+    >>> typical_layers(np.array([[0.5, 0.5], [0.9, 0.1]])).tolist()
+    [[0.5, 0.5], [0.9, 0.1]]
+    """
+    order = shares.max(axis=1).argsort(kind="stable")
+    picked = ((np.arange(LAYERS) + 0.5) * len(order) / LAYERS).astype(int) if len(order) > LAYERS else slice(None)
+    typical: Array = shares[order[picked]]
+    return typical

@@ -14,8 +14,11 @@ routed_experts       [tokens, layers, top_k]: what vLLM and SGLang return with a
 {layer: {expert: count}}          a dictionary with numbers as keys: vLLM-Ascend's and MindSpeed's token counts
 a bare table         [layers, experts]
 
-Layers are all layers of the model, dense ones zero, or the mixture layers only. Only recordings of choices (topk_ids,
-routed_experts) tell transitions; all others are aggregates (see simulator.routingdraws.with_transitions).
+Layers are all layers of the model, dense ones zero, or the mixture layers only. An expert of a mixture layer that was
+never counted is an error unless something is added to every count: recordings that are long enough have none.
+
+Only recordings of choices (topk_ids, routed_experts) tell transitions; all others are aggregates (see
+simulator.routingdraws.with_transitions).
 """
 
 from __future__ import annotations
@@ -76,6 +79,7 @@ def _stats(recording: _Recording, model: ModelShape, add_count: float, source: s
     layers, experts, top_k = mixture_of(model)
     transitions = None
     loads = recording.steps.sum(axis=0) + add_count
+    _require_counts(loads, model, source)
     try:
         if recording.joint is not None and np.all(loads > 0):
             # A count of c more for every expert, spread over all of the next layer: marginals stay those of loads.
@@ -84,6 +88,26 @@ def _stats(recording: _Recording, model: ModelShape, add_count: float, source: s
         return RoutingStats(model.name, layers, loads, top_k, source, transitions)
     except RoutingError as error:
         raise RoutingError(f"{source}: {error}") from None
+
+
+def _require_counts(loads: Array, model: ModelShape, source: str) -> None:
+    """Raise RoutingError where an expert of a mixture layer was never counted, as a recording that is long enough has
+    none such: a count of 0 tells that it was short, not that the expert gets no tokens."""
+    layers = mixture_of(model)[0]
+    missed = np.argwhere(loads == 0)
+    if not len(missed):
+        return
+    row, expert = (int(i) for i in missed[0])
+    if not loads[row].any():
+        raise RoutingError(
+            f"{source}: layer {layers[row]}: no choice was counted, but it is a mixture layer of {model.name}; "
+            "expected counts for every expert; choose the model recorded"
+        )
+    more = f" ({len(missed) - 1} more such)" if len(missed) > 1 else ""
+    raise RoutingError(
+        f"{source}: layer {layers[row]}, expert {expert}: count 0{more}: expected a number above 0; record more "
+        "traffic, or add something to every count (--add-count 1 of place-experts)"
+    )
 
 
 def _recording(files: Sequence[Path], model: ModelShape) -> _Recording:

@@ -55,6 +55,8 @@ class FeedForward:
     intermediate          width of the dense block or of one routed expert
     shared_intermediate   total width of the shared experts, 0 without
     shared_gate           whether a learned gate weighs the shared experts (Qwen2-MoE)
+    groups, top_groups    groups of experts side by side, and those that the experts of one token are chosen from
+                          (DeepSeek-V3, arXiv:2412.19437, section 2.1.2: 4 of 8)
     """
 
     intermediate: int
@@ -65,6 +67,13 @@ class FeedForward:
     shared_intermediate: int = 0
     router_bias: bool = False
     shared_gate: bool = False
+    groups: int = 1
+    top_groups: int = 1
+
+    @property
+    def max_nodes(self) -> int | None:
+        """Nodes that hold all experts of a token, each with whole groups of experts; None where any may."""
+        return self.top_groups if self.groups > 1 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from hwmodels.engine import Engine
 from hwmodels.errors import MappingError
 from hwmodels.hardware import Cluster, Device
 from hwmodels.mapping import Mapping, Precision
-from hwmodels.operators import Array, Communication, Operator
+from hwmodels.operators import Array, Communication, ExpertExchange, Operator
 from hwmodels.roofline import AnalyticCost
 from hwmodels.shape import ModelShape
 from hwmodels.step_model import CostModel, Item, StepModel, compile_step_model, packed, tabulate_stages
@@ -115,7 +115,7 @@ class SharedCost:
 
     def time_s(self, op: Operator) -> Array:
         """Seconds of all launches of the operator on the share."""
-        if isinstance(op, Communication):
+        if isinstance(op, (Communication, ExpertExchange)):
             return self.inner.time_s(op)
         if isinstance(self.inner, AnalyticCost):
             return self.part.time_s(op)
@@ -230,10 +230,10 @@ def compile_shared_steps(
 
     Raises MappingError for pipelines and attention groups, whose steps do not run at once.
     """
-    if mapping.pp > 1 or mapping.attention_dp > 1:
+    if mapping.pp > 1 or mapping.attention_dp > 1 or mapping.cp > 1:
         raise MappingError(
-            f"pp={mapping.pp} attention_dp={mapping.attention_dp}: expected 1 and 1 where prefill and decode share a "
-            "device; cut the replica by tp"
+            f"pp={mapping.pp} attention_dp={mapping.attention_dp} cp={mapping.cp}: expected 1 each where prefill and "
+            "decode share a device; cut the replica by tp"
         )
 
     def compiled(share: float, memory: float) -> StepModel:

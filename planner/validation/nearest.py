@@ -9,7 +9,17 @@ import numpy as np
 import pandas as pd
 
 from hwmodels.kernels.table import FAMILIES, TEXT
-from hwmodels.operators import AttentionCore, Communication, Elementwise, Experts, Gemm, GroupedGemm, Operator
+from hwmodels.operators import (
+    AttentionCore,
+    Communication,
+    ContextAttention,
+    Elementwise,
+    ExpertExchange,
+    Experts,
+    Gemm,
+    GroupedGemm,
+    Operator,
+)
 from hwmodels.roofline import attention_format, product_format
 
 #: Numbers that may be zero; they are compared one up.
@@ -75,9 +85,16 @@ def wanted(op: Operator, ranks: Mapping[str, tuple[int, int]]) -> Wanted | None:
     if isinstance(op, Communication):
         gpus, nodes = ranks[op.group]
         return Wanted("collective", "", {"kind": op.kind, "gpus": gpus, "nodes": nodes, "bytes": _number(op.bytes)})
+    if isinstance(op, ExpertExchange):
+        gpus, nodes = ranks["ep"]
+        block = {"hidden": op.hidden, "experts": op.experts, "top_k": op.top_k}
+        return Wanted(
+            "expert_exchange", "",
+            {"kind": op.phase, "gpus": gpus, "nodes": nodes, "tokens": max(_number(op.tokens), 1.0), **block},
+        )  # fmt: skip
     if isinstance(op, Elementwise):
         return Wanted("elementwise", "", {"bytes": _number(op.bytes) / op.kernels})
-    assert isinstance(op, GroupedGemm)
+    assert isinstance(op, GroupedGemm | ContextAttention)  # and of its blocks no table knows the ranks
     return None
 
 

@@ -5,6 +5,11 @@ Against N sampled steps (10,000): tokens of the busiest rank and experts touched
 recorded counts where ../shared/reference/moe_routing is there, of made-up ones of the same skew elsewhere, and of
 uniform routing. Then CPU seconds of a plan's table (all layers, all token counts), and for uniform routing the
 difference to the estimate of hwmodels.operators.
+
+And in seconds: the routed experts of DeepSeek-V3 on 32 H200 (EP32, all 58 layers, every token's choices drawn, each
+layer as slow as its slowest rank) against the same kernels in the step model, which takes the expected busiest rank of
+the mean layer, and against the table priced layer by layer; for experts in their order and with 32 copies more (EPLB).
+N steps of every size in SECONDS_TOKENS, up to two CPU minutes each per 10,000; --no-seconds leaves them out.
 """
 
 from __future__ import annotations
@@ -22,14 +27,29 @@ sys.path[0] = str(ROOT)
 import numpy as np  # noqa: E402
 
 from hwmodels.busiest import busiest_rank  # noqa: E402
+from hwmodels.engine import load_engine  # noqa: E402
+from hwmodels.hardware import load_cluster  # noqa: E402
 from hwmodels.huggingface import load_model  # noqa: E402
-from hwmodels.operators import busiest_rank_experts, busiest_rank_rows, expected_active_experts  # noqa: E402
+from hwmodels.mapping import Mapping, Precision  # noqa: E402
+from hwmodels.operators import (  # noqa: E402
+    Experts,
+    busiest_rank_experts,
+    busiest_rank_rows,
+    expected_active_experts,
+)
+from hwmodels.roofline import AnalyticCost  # noqa: E402
+from hwmodels.routedcost import RoutedCost  # noqa: E402
 from hwmodels.routing import RoutingStats, rank_shares, uniform  # noqa: E402
 from hwmodels.routingfiles import read_routing  # noqa: E402
-from simulator.routingdraws import Chooser, draw_counts, synthesize  # noqa: E402
+from hwmodels.step_model import shared_operators  # noqa: E402
+from planner.placement import Problem, solve  # noqa: E402
+from simulator.choicedraws import Chooser, draw_counts  # noqa: E402
+from simulator.routingdraws import synthesize  # noqa: E402
+from simulator.sampledsteps import sampled_experts_s  # noqa: E402
 
 FOLDER = ROOT.parent / "shared/reference/moe_routing"
 TOKENS = (16, 64, 256, 1024, 4096, 32768)
+SECONDS_TOKENS = (256, 1024, 4096, 32768)
 CASES = (
     ("deepseek-v3", "decode_in2000out100.json.gz", 0.7, (8, 16, 32, 64)),
     ("mixtral-8x7b", "mixtral_8x7b_original__expert_popularity_college_medicine.json", 0.2, (2, 4, 8)),
@@ -99,11 +119,46 @@ def table_s(stats: RoutingStats, ep: int) -> float:
     return min(times)
 
 
+def seconds(
+    stats: RoutingStats,
+    steps: int,
+    placements: tuple[str, ...] = ("contiguous", "eplb"),
+    sizes: tuple[int, ...] = SECONDS_TOKENS,
+) -> list[dict[str, float | str]]:
+    """The step model's routed experts over drawn ones, for each placement and token count."""
+    model, gpus, copies = load_model("deepseek-v3"), 32, 32
+    cluster = load_cluster("h200-sxm", gpus)
+    cluster = replace(cluster, device=cluster.device.of_engine(load_engine("vllm").kernels))
+    mapping, rng = Mapping(attention_dp=gpus, ep=gpus), np.random.default_rng(0)
+    problem = Problem(stats.loads, None, gpus, (stats.experts + copies) // gpus, copies)
+    cost, out = AnalyticCost(cluster, mapping), []
+    for name in placements:
+        shares = solve(problem, solver=name).split.transpose(0, 2, 1)
+        table = busiest_rank(stats, shares)
+        for tokens in sizes:
+            batch = np.array([float(tokens)])
+            found = shared_operators(model, model.layers, batch, mapping, Precision("fp8_block", "fp8"))
+            (op,) = (one for one in found if isinstance(one, Experts))
+            rows, touched = table.at(tokens)
+            each = replace(op, rows=rows, active=np.minimum(touched, rows), count=1)
+            start = time.process_time()
+            drawn = sampled_experts_s(rng, stats, shares, cost, op, tokens, steps)
+            out.append({
+                "placement": name, "tokens": tokens, "sampled_s": float(drawn.mean()),
+                "standard_error": float(drawn.std() / drawn.mean() / steps**0.5),
+                "error": float(RoutedCost(cost, table).time_s(op)[0] / drawn.mean() - 1),
+                "layer_by_layer_error": float(cost.time_s(each).sum() / drawn.mean() - 1),
+                "cpu_s": time.process_time() - start,
+            })  # fmt: skip
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--no-seconds", action="store_true")
     arguments = parser.parse_args()
     report: dict[str, dict] = {}
     for name, file, skew, ranks in CASES:
@@ -116,6 +171,8 @@ def main() -> None:
             "table_cpu_s": {ep: table_s(stats, ep) for ep in ranks},
             "step_model_over_table": today(name, ranks),
         }
+    if not arguments.no_seconds:
+        report["deepseek-v3"]["seconds"] = seconds(recorded(*CASES[0][:3]), arguments.steps)
     if arguments.json:
         print(json.dumps(report))
         return
@@ -129,11 +186,15 @@ def main() -> None:
                     f"p99 {line['p99_error']:+.1%}, touched {line['touched_error']:+.2%}"
                 )
             print(f"  worst: rows {max(abs(x['rows_error']) for x in part[kind]):.2%}")
-        for ep, seconds in part["table_cpu_s"].items():
-            print(f"  table of EP{ep}: {seconds:.3f} CPU s")
+        for ep, cpu_s in part["table_cpu_s"].items():
+            print(f"  table of EP{ep}: {cpu_s:.3f} CPU s")
         for line in part["step_model_over_table"]:
             print(f"  step model, EP{line['ep']:<3}{line['tokens']:6} tokens: rows {line['rows']:+.1%}, "
                   f"touched {line['touched']:+.1%}")  # fmt: skip
+        for line in part.get("seconds", ()):
+            print(f"  seconds, {line['placement']:10}{line['tokens']:6} tokens: {line['sampled_s'] * 1e3:.2f} ms "
+                  f"sampled (se {line['standard_error']:.3%}), step model {line['error']:+.2%}, layer by layer "
+                  f"{line['layer_by_layer_error']:+.2%}; {line['cpu_s']:.0f} CPU s")  # fmt: skip
 
 
 if __name__ == "__main__":

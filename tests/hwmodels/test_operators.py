@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from hwmodels import operators as ops
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import Mapping, Precision
-from hwmodels.operators import AttentionCore, Communication, Experts, Gemm, GroupedGemm
+from hwmodels.operators import AttentionCore, Communication, ExpertExchange, Experts, Gemm, GroupedGemm
 from hwmodels.shape import Attention, Latent, attention_parameters, feed_forward_parameters
 from hwmodels.step_model import decode_operators, linear_operators, shared_operators
 
@@ -221,13 +223,12 @@ def test_collectives_come_with_the_degrees_that_need_them():
     reduces = [c for c in in_tp if c.kind == "all-reduce"]
     assert sum(c.count for c in reduces) == 2 * 32 + 1
     assert {float(c.bytes) for c in reduces} == {8 * 4096 * 2.0}
-    spread = communications(one_step(moe, Mapping(attention_dp=8, ep=8), 8))
-    assert {(c.name, c.kind, c.group) for c in spread} == {
-        ("expert dispatch", "all-to-all", "ep"),
-        ("expert combine", "all-to-all", "ep"),
-    }
-    both = communications(one_step(moe, Mapping(tp=2, attention_dp=4, ep=4, expert_tp=2), 8))
-    assert {c.group for c in both} == {"tp", "ep", "expert_tp"}
+    spread = one_step(moe, Mapping(attention_dp=8, ep=8), 8)
+    assert communications(spread) == []
+    assert [e.phase for e in spread if isinstance(e, ExpertExchange)] == ["dispatch", "combine"]
+    both = one_step(moe, Mapping(tp=2, attention_dp=4, ep=4, expert_tp=2), 8)
+    assert {c.group for c in communications(both)} == {"tp", "expert_tp"}
+    assert {float(e.tokens) for e in both if isinstance(e, ExpertExchange)} == {8 / 2}
 
 
 def test_dispatch_sends_a_token_to_every_rank_it_may_choose():
@@ -235,8 +236,21 @@ def test_dispatch_sends_a_token_to_every_rank_it_may_choose():
     ff = model.layers[-1].feed_forward
     fp8 = Precision("fp8", "fp8", "bf16")
     found = ops.expert_feed_forward(model, ff, number(10), number(320), Mapping(attention_dp=32, ep=32), fp8, 1)
-    sent = {c.name: float(c.bytes) for c in communications(found)}
+    sent = {op.name: float(op.bytes) for op in found if isinstance(op, ExpertExchange)}
     assert sent == {"expert dispatch": 10 * 8 * 7168 * 1.0, "expert combine": 10 * 8 * 7168 * 2.0}
+
+
+def test_a_token_goes_to_an_expert_groups_ranks_once():
+    """Choices of one token in the same group of experts need it there once."""
+    ff = load_model("mixtral-8x7b").layers[0].feed_forward
+    for groups in (1, 2, 4, 8):
+        of_group = [expert * groups // ff.experts for expert in range(ff.experts)]
+        drawn = [len({of_group[a], of_group[b]}) for a, b in combinations(range(ff.experts), 2)]
+        assert ops.groups_of_token(ff.experts, 2, groups) == pytest.approx(np.mean(drawn))
+    whole = Mapping(attention_dp=4, ep=1, expert_tp=4)
+    found = ops.expert_feed_forward(load_model("mixtral-8x7b"), ff, number(10), number(40), whole, BF16, 1)
+    (gather,) = (c for c in communications(found) if c.kind == "all-gather")
+    assert float(gather.bytes) == pytest.approx(40 * 4096 * 2.0)
 
 
 @given(

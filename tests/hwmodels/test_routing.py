@@ -217,7 +217,7 @@ def test_choices_of_tokens_give_loads_and_transitions(tmp_path: Path) -> None:
     assert some.transitions[4] == pytest.approx(wanted / wanted.sum(axis=1, keepdims=True))
     assert some.marginal_error() < 1e-12
     short = {"routed_experts": ids[:3].tolist()}
-    with pytest.raises(RoutingError, match=r"r.json: layer \d+, expert \d: load 0"):
+    with pytest.raises(RoutingError, match=r"r.json: layer \d+, expert \d: count 0"):
         read_routing(written(tmp_path / "r.json", short), MIXTRAL)
     added = read_routing(tmp_path / "r.json", MIXTRAL, add_count=1)
     assert added.marginal_error() < 1e-12 and added.loads.min() == 1
@@ -284,7 +284,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, content: object, mess
 
 
 def test_bad_counts_name_layer_and_expert_of_the_model(tmp_path: Path) -> None:
-    for value, message in ((0.0, "layer 7, expert 9: load 0"), (-3.0, "layer 7, expert 9: count -3")):
+    for value, message in ((0.0, "layer 7, expert 9: count 0"), (-3.0, "layer 7, expert 9: count -3")):
         table = deepseek_counts()
         table[7, 9] = value
         for rows in (table, table[3:]):

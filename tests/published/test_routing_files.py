@@ -16,15 +16,8 @@ from hwmodels.busiest import busiest_rank
 from hwmodels.huggingface import load_model
 from hwmodels.routing import RoutingError, RoutingStats, rank_shares
 from hwmodels.routingfiles import read_routing
-from simulator.routingdraws import (
-    Chooser,
-    draw_counts,
-    fit_skew,
-    lognormal,
-    matched_skew,
-    power_law,
-    split_counts,
-)
+from simulator.choicedraws import Chooser, draw_counts, split_counts
+from simulator.routingdraws import fit_skew, lognormal, matched_skew, power_law
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared/reference/moe_routing"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs ../shared/reference/moe_routing")
