@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from planner.errors import PlanError
 from planner.placement import Bools, Floats, Indices, Placement, Problem, placement_of
 
+#: Seats that no expert takes.
+EMPTY = -1
+
 
 def contiguous(problem: Problem) -> Placement:
     """Experts in order: the first E/G on GPU 0, the next on GPU 1, as engines load them; copies are not used."""
@@ -103,6 +106,21 @@ def packed(shares: Floats, copies: Indices, slots: Indices) -> Bools:
             load[gpu] += shares[expert] / copies[expert]
             free[gpu] -= 1
     return holds
+
+
+def seated(holds: Bools, seats: Indices) -> Indices:
+    """Expert on every seat, EMPTY for none.
+
+    holds   experts x gpus, no more on a GPU than its seats
+    seats   GPU of every seat, ascending
+    """
+    items = np.full(len(seats), EMPTY)
+    expert, gpu = np.nonzero(holds)
+    order = np.argsort(gpu, kind="stable")
+    gpu = gpu[order]
+    first = np.searchsorted(seats, np.arange(holds.shape[1]))
+    items[first[gpu] + np.arange(len(gpu)) - np.searchsorted(gpu, gpu)] = expert[order]
+    return items
 
 
 def _even(problem: Problem, nodes: list[NDArray[np.intp]], groups: int) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from planner.errors import PlanError
 from planner.placement import Bools, Floats, Problem, load_s, rank_shares, split_of
 from planner.placementbound import least_busiest
-from planner.placementlarge import Sweeps, copies_of
+from planner.placementsweeps import Sweeps, copies_of
 
 #: Rounds of weights, and how fast they follow the worst recording (per part of the mean).
 ROUNDS, RATE = 8, 10.0

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import placementexact, placementtuner
+from planner import placementstates, placementtuner
 from planner.errors import PlanError
 from planner.placement import Problem, objective_of
 from planner.placementbaselines import contiguous, eplb, greedy, random
-from planner.placementexact import exact, milp, states_of
+from planner.placementexact import exact
+from planner.placementmilp import milp
+from planner.placementstates import states_of
 from planner.placementtuner import bottleneck, tuner, worst_pairs_s
 
 PRICES = ["ports", "pairs", "total"]
@@ -175,7 +177,7 @@ def test_too_many_placements_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         PlanError, match=r"1e\+18 placements per layer; expected at most 50000 to enumerate: use the solv"
     ):
         exact(Problem(np.ones((2, 256)), None, 32, 8))
-    monkeypatch.setattr(placementexact, "MOST_STEPS", 100)
+    monkeypatch.setattr(placementstates, "MOST_STEPS", 100)
     with pytest.raises(PlanError, match=r"35 x 70 transitions between two layers"):
         exact(Problem(np.ones((2, 8)), None, 2, 4))
 
