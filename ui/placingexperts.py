@@ -6,28 +6,30 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 if TYPE_CHECKING:
     from hwmodels.hardware import Cluster
     from hwmodels.mapping import Precision
     from hwmodels.routing import RoutingStats
-    from hwmodels.shape import FeedForward, ModelShape
-    from planner.placement import Floats, Placement, Problem, Traffic
+    from hwmodels.shape import ModelShape
+    from planner.placement import Floats, Placement, Problem
 
 SOLVERS = ("large", "exact", "milp", "tuner", "contiguous", "random", "greedy", "eplb")
 BASELINES = ("contiguous", "random", "greedy", "eplb")
 
-#: Rows per expert at which a further row costs arithmetic alone.
-MANY_ROWS = 8192
+#: The picture that --save writes beside the maps.
+PICTURE = "experts.svg"
 
 
 def place_experts(
     routing: Annotated[
         list[Path],
-        typer.Argument(help="Recorded expert counts or choices; the files of all ranks of one recording.",
-                       metavar="ROUTING..."),
+        typer.Argument(
+            help="Recorded expert counts or choices; the files of all ranks of one recording. Rows of dense layers are "
+            "zeros or left out; every expert of a mixture layer needs a count above 0 (see --add-count).",
+            metavar="ROUTING...",
+        ),
     ],
     model: Annotated[str, typer.Option(help="Shipped model, or a Hugging Face config.json.")] = "deepseek-v3",
     hardware: Annotated[str, typer.Option(help="Device or cluster.", metavar="NAME")] = "h200-sxm",
@@ -48,19 +50,39 @@ def place_experts(
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a step, all GPUs [default: 128 a GPU].")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Format of the experts [default: fp8 where the device has it, else bf16].")
+        str | None,
+        typer.Option(help="Format of the experts [default: where the device multiplies in fp8, that of the checkpoint, "
+                     "or fp8; else bf16]."),
     ] = None,
     engine: Annotated[str, typer.Option(help="Engine profile whose kernels are counted.")] = "vllm",
     groups: Annotated[
         int, typer.Option(min=1, help="Groups of experts that the baseline eplb keeps in a node (DeepSeek-V3: 8).")
     ] = 1,
     add_count: Annotated[
-        float, typer.Option(min=0.0, help="Added to every count, for recordings that miss an expert.")
+        float,
+        typer.Option(
+            min=0.0,
+            help="Added to every count of the mixture layers. A count of 0 is refused without it: it tells that the "
+            "recording was short, not that the expert is never chosen.",
+        ),
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the solvers that draw.")] = 0,
     save: Annotated[
-        Path | None, typer.Option(help="Folder for the maps that SGLang, vLLM and vLLM-Ascend read.", metavar="DIR")
+        Path | None,
+        typer.Option(
+            help="Folder for the maps that SGLang, vLLM and vLLM-Ascend read, and experts.svg, a heat map of ranks' "
+            "loads before and after.",
+            metavar="DIR",
+        ),
     ] = None,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate",
+            help="Also simulate prefill-heavy and decode-heavy traffic under every placement, and tell the seconds "
+            "saved beside those that the objective predicts.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:  # fmt: skip
     """Place experts so that the busiest rank's compute and the traffic between layers take least, and prove how near.
@@ -72,10 +94,13 @@ def place_experts(
     from hwmodels.routingfiles import read_routing
     from planner.catalogue import open_catalogue
     from planner.placement import solve
-    from planner.placementfiles import NAMES, engine_files, filled, slot_maps
+    from planner.placementcheck import checked_by_simulation, experts_s, savings
+    from planner.placementcosts import problem_of
+    from planner.placementfiles import NAMES
     from simulator.routingdraws import with_transitions
     from simulator.save import write_files
     from ui import jsonout, questions, rendering, saving
+    from ui.placementreport import distribution, report_object, show, show_simulation, simulation_object
     from ui.waiting import bar
 
     if solver not in SOLVERS:
@@ -84,7 +109,7 @@ def place_experts(
         raise questions.OptionError(f"--seconds {seconds}: expected a finite time above 0")
     if not isfinite(add_count) or (concentration is not None and not isfinite(concentration)):
         raise questions.OptionError("--add-count and --concentration: expected finite numbers")
-    saving.require_writable(save, NAMES)
+    saving.require_writable(save, (*NAMES, PICTURE))
     catalogue = open_catalogue(questions.located(model), hardware, gpus, engine)
     shape, cluster = catalogue.model, catalogue.cluster
     with bar() as waiting:
@@ -94,7 +119,7 @@ def place_experts(
         if concentration is not None:
             stats = with_transitions(stats, concentration)
         each = _slots(stats, gpus, replicas, slots)
-        formats = _precision(cluster, weights)
+        formats = _precision(questions.located(model), cluster, weights)
         problem = problem_of(stats, shape, cluster, formats, each, replicas, tokens or 128 * gpus)
         baselines = {}
         for name in BASELINES:
@@ -110,22 +135,25 @@ def place_experts(
             "experts_format": formats.weights,
             "seconds_per_choice": problem.seconds_per_token, "bytes_per_choice": problem.bytes_per_token,
         }  # fmt: skip
+        for entry, placement in [(content, found), *((content["baselines"][n], p) for n, p in baselines.items())]:
+            entry["experts_s"] = experts_s(catalogue, stats, problem, placement, formats, content["tokens"])
+        content["distribution"] = distribution(stats, problem, baselines["contiguous"], found)
+        if simulate:
+            waiting.at("simulating", None)
+            every = {**baselines, found.solver: found}
+            checks = checked_by_simulation(catalogue, stats, problem, every, formats, seed)
+            saved = savings(catalogue, stats, problem, baselines["contiguous"], found, formats)
+            content["simulation"] = simulation_object(checks, saved)
         if save is not None:
-            full = filled(problem, found.holds)
-            files = engine_files(slot_maps(problem, full), gpus, stats.experts, stats.layers, len(shape.layers))
-            even: Floats = full / full.sum(axis=2, keepdims=True)
-            content["saved"] = {
-                "files": list(files),
-                "filled_slots": int(full.sum() - found.holds.sum()),
-                "redundant_experts": each * gpus - stats.experts,
-                "busiest_over_mean": float(busiest(problem, even).mean()),
-            }
+            files, content["saved"] = _files(stats, problem, shape, baselines["contiguous"], found, content)
             write_files(save, {name: saving.text_writer(text) for name, text in files.items()})
     if as_json:
         print(jsonout.dumps(content))
         return
     out = rendering.console()
-    _show(out, content)
+    show(out, content)
+    if simulate:
+        show_simulation(out, content)
     if save is not None:
         kept = content["saved"]
         rendering.say(
@@ -136,81 +164,50 @@ def place_experts(
         )
 
 
-def problem_of(
-    stats: RoutingStats, model: ModelShape, cluster: Cluster, formats: Precision, slots: int, replicas: int, tokens: int
-) -> Problem:
-    """The placement problem of recorded routing on a cluster whose GPUs all hold experts.
+def _files(
+    stats: RoutingStats,
+    problem: Problem,
+    model: ModelShape,
+    before: Placement,
+    after: Placement,
+    content: dict[str, Any],
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Contents of what --save writes, by name, and what is told of them."""
+    from planner.placement import rank_shares
+    from planner.placementfiles import engine_files, filled, slot_maps
+    from ui.expertheatmap import Panel, heat_map
+    from ui.placementreport import busiest
 
-    slots    experts of a layer on a GPU
-    tokens   of a step on all GPUs, each of which makes top_k choices
-
-    A choice costs `seconds_per_choice` on its rank, and moves the hidden state in the format of the arithmetic over the
-    slowest link on the way. Raises MappingError for GPUs that are not joined, PlanError for slots that do not suffice.
-    """
-    from hwmodels.mapping import DTYPE_BYTES
-    from hwmodels.topology import topology
-    from planner.placement import Problem
-
-    feed_forward = model.layers[stats.layers[0]].feed_forward
-    seconds_per_byte, traffic = _links(cluster)
-    return Problem(
-        stats.loads,
-        stats.transitions,
-        cluster.gpus,
-        slots,
-        replicas,
-        seconds_per_token=seconds_per_choice(model, feed_forward, cluster, formats),
-        seconds_per_byte=seconds_per_byte,
-        bytes_per_token=model.hidden * DTYPE_BYTES[formats.activations],
-        tokens=float(tokens * stats.top_k),
-        nodes=topology(cluster).node.tolist(),
-        traffic=traffic,
+    full = filled(problem, after.holds)
+    even: Floats = full / full.sum(axis=2, keepdims=True)
+    files = engine_files(slot_maps(problem, full), problem.gpus, stats.experts, stats.layers, len(model.layers))
+    panels = [
+        Panel(f"{when} ({placement.solver})", rank_shares(problem, split) * problem.gpus)
+        for when, placement, split in (("before", before, before.split), ("after", after, even))
+    ]
+    slots = content["slots_per_gpu"] * problem.gpus
+    title = f"{model.name}: load of {problem.gpus} GPUs of {content['hardware']} before and after placement of experts"
+    told = (
+        f"Routing of {stats.source}; {len(stats.layers)} layers of {stats.experts} experts, afterwards in {slots} "
+        "slots. Max: the busiest rank of a layer."
     )
+    files[PICTURE] = heat_map(title, told, stats.layers, panels)
+    return files, {
+        "files": list(files),
+        "filled_slots": int(full.sum() - after.holds.sum()),
+        "redundant_experts": slots - stats.experts,
+        "busiest_over_mean": float(busiest(problem, even).mean()),
+    }
 
 
-def seconds_per_choice(model: ModelShape, block: FeedForward, cluster: Cluster, formats: Precision) -> float:
-    """Seconds that one more row takes in the routed experts of a rank that has plenty: the arithmetic's rate.
-
-    From the price of the whole kernel (permute, up, activation, down, sum) as the device was calibrated, between
-    MANY_ROWS and twice as many per expert. Steps so small that reading weights dominates cost less per choice.
-    """
-    from hwmodels.mapping import Mapping
-    from hwmodels.operators import Experts
-    from hwmodels.roofline import AnalyticCost
-
-    here = max(1.0, block.experts / cluster.gpus)
-    rows = MANY_ROWS * here * np.array([1.0, 2.0])
-    kernel = Experts(
-        "routed experts", rows * cluster.gpus / block.top_k, rows, np.full(2, here), model.hidden, block.intermediate,
-        block.experts, block.top_k, 1, cluster.gpus, block.gated, formats,
-    )  # fmt: skip
-    less, more = AnalyticCost(cluster, Mapping()).kernel_time_s(kernel).tolist()
-    return float((more - less) / (rows[1] - rows[0]))
-
-
-def _links(cluster: Cluster) -> tuple[Floats, Traffic]:
-    """Seconds per byte of the slowest link between any two GPUs, and how transfers share them.
-
-    Ports are shared; links of a mesh or torus are taken as each pair's own.
-    """
-    from hwmodels.topology import NO_LINK, topology
-
-    links, gpus = topology(cluster), cluster.gpus
-    source, target = (side.ravel() for side in np.indices((gpus, gpus)))
-    ways = links.ways(source, target) if gpus > 1 else np.full((1, 0), NO_LINK)
-    seconds = np.append(1.0 / links.bytes_per_s, 0.0)  # the last for NO_LINK, -1
-    slowest = seconds[ways].max(axis=1, initial=0.0).reshape(gpus, gpus)
-    direct = cluster.intra is not None and cluster.intra.kind in ("mesh", "torus")
-    return slowest, "pairs" if direct else "ports"
-
-
-def _precision(cluster: Cluster, weights: str | None) -> Precision:
+def _precision(model: str, cluster: Cluster, weights: str | None) -> Precision:
     """Formats of the experts; arithmetic in that of the weights where the device has it."""
+    from hwmodels.huggingface import stored_weights
     from hwmodels.mapping import WEIGHT_FORMATS, Precision
     from ui.questions import OptionError
 
     peaks = cluster.device.peak_flops_per_s
-    chosen = weights or ("fp8" if "fp8" in peaks else "bf16")
+    chosen = weights or ((stored_weights(model) or "fp8") if "fp8" in peaks else "bf16")
     if chosen not in WEIGHT_FORMATS:
         raise OptionError(f"--weights {chosen!r}: expected one of {', '.join(WEIGHT_FORMATS)}")
     arithmetic = WEIGHT_FORMATS[chosen][1] or "bf16"
@@ -221,10 +218,12 @@ def _precision(cluster: Cluster, weights: str | None) -> Precision:
 
 
 def _slots(stats: RoutingStats, gpus: int, replicas: int, given: int | None) -> int:
-    """Slots per GPU; raises PlanError where experts and replicas do not divide evenly."""
+    """Slots per GPU; raises PlanError where experts and replicas do not divide evenly, or a GPU has no use for all."""
     from planner.errors import PlanError
 
     if given is not None:
+        if given > stats.experts:
+            raise PlanError(f"{given} slots on a GPU for {stats.experts} experts; expected at most one slot for each")
         return given
     slots, over = divmod(stats.experts + replicas, gpus)
     if over:
@@ -234,69 +233,3 @@ def _slots(stats: RoutingStats, gpus: int, replicas: int, given: int | None) -> 
             f"expected {fewer}{replicas + gpus - over} replicas, or --slots"
         )
     return slots
-
-
-def busiest(problem: Problem, split: Floats) -> Floats:
-    """Choices of the busiest GPU over the mean of all, for every layer."""
-    from planner.placement import rank_shares
-
-    return np.asarray(rank_shares(problem, split).max(axis=1) * problem.gpus)
-
-
-def report_object(problem: Problem, found: Placement, baselines: dict[str, Placement]) -> dict[str, Any]:
-    """What --json prints of a placement, and of each baseline under `baselines`; times in seconds per step.
-
-    objective, load_term, traffic_term; bound and load_bound: the best that any of the solvers proved for all
-    placements; gap and load_gap: the part of the objective or load term above it; busiest_over_mean, averaged over
-    layers, of the worst layer and of each
-    """
-    every = [found, *baselines.values()]
-    bound = min(max(p.bound for p in every), *(p.objective for p in every))
-    load_bound = min(max(p.load_bound for p in every), *(p.load_term for p in every))
-
-    def of(placement: Placement) -> dict[str, Any]:
-        layers = busiest(problem, placement.split)
-        return {
-            "busiest_over_mean": float(layers.mean()),
-            "busiest_over_mean_worst_layer": float(layers.max()),
-            "busiest_over_mean_layers": layers.tolist(),
-            "solver": placement.solver,
-            "objective": placement.objective,
-            "bound": bound,
-            "gap": 1 - bound / placement.objective if placement.objective > 0 else 0.0,
-            "load_term": placement.load_term,
-            "load_bound": load_bound,
-            "load_gap": 1 - load_bound / placement.load_term if placement.load_term > 0 else 0.0,
-            "traffic_term": placement.traffic_term,
-            "wall_s": placement.wall_s,
-        }
-
-    return {**of(found), "baselines": {name: of(placement) for name, placement in baselines.items()}}
-
-
-def _show(out: Any, content: dict[str, Any]) -> None:
-    """The placement and the baselines as a table, and what they rest on."""
-    from ui import rendering
-    from ui.words import seconds
-
-    traffic = "with traffic" if content["transitions"] else "load alone (no transitions are known)"
-    rendering.say(
-        out,
-        f"{content['model']} on {content['gpus']} GPUs of {content['hardware']}: {len(content['layers'])} layers of "
-        f"{content['experts']} experts, {content['slots_per_gpu']} slots a GPU, up to {content['replicas']} replicas; "
-        f"routing of {content['routing']}; {traffic}",
-    )
-    rows = [
-        [
-            entry["solver"], f"{entry['busiest_over_mean']:.3f}", f"{entry['busiest_over_mean_worst_layer']:.3f}",
-            seconds(entry["objective"]), seconds(entry["bound"]), f"{entry['gap']:.2%}", seconds(entry["wall_s"]),
-        ]
-        for entry in [*(e for name, e in content["baselines"].items() if name != content["solver"]), content]
-    ]  # fmt: skip
-    columns = ["solver", "busiest / mean", "worst layer", "objective", "bound", "gap", "took"]
-    rendering.show_table(out, "Seconds per step that depend on the placement", columns, rows)
-    rendering.say(
-        out,
-        f"A step of {content['tokens']:,} tokens; {seconds(content['seconds_per_choice'])} a choice on its rank "
-        f"({content['experts_format']}, the arithmetic's rate), {content['bytes_per_choice']:,.0f} bytes moved.",
-    )
