@@ -18,6 +18,8 @@ from hwmodels.shape import FeedForward, Layer, ModelShape, feed_forward_paramete
 #: Weights one thread streams in products of a vector and a matrix, bytes/s: the median of products of one row with
 #: bf16 matrices of more than 4 MB in profiles/measured/xeon-1c, which are 6e9 to 12e9.
 THREAD_BYTES_PER_S = 10.8e9
+#: Of starting a copy between host and device; an estimate.
+LINK_LATENCY_S = 20e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +167,12 @@ def cpu_expert_s(model: ModelShape, weights: str, tokens: Array, host: Host) -> 
     return busy
 
 
-def gpu_expert_s(model: ModelShape, weights: str, tokens: Array, cost: AnalyticCost) -> Array:
-    """Seconds of one expert for `tokens` tokens on the accelerator that holds it."""
+def gpu_expert_s(model: ModelShape, weights: str, tokens: Array, cost: AnalyticCost, tp: int = 1) -> Array:
+    """Seconds of one expert for `tokens` tokens on the `tp` accelerators that hold a part of it each."""
     ff = expert_layers(model)[0].feed_forward
     one = np.ones_like(tokens)
     op = Experts(
-        "one expert", tokens, tokens, one, model.hidden, ff.intermediate, 1, 1, 1, 1, ff.gated,
+        "one expert", tokens, tokens, one, model.hidden, ff.intermediate, 1, 1, tp, 1, ff.gated,
         Precision("bf16", "bf16", "bf16", weights).of_experts,
     )  # fmt: skip
     return np.where(tokens > 0, cost.time_s(op), 0.0)
@@ -187,7 +189,7 @@ def compile_expert_costs(
     prefill: bool = False,
     precision: Precision | None = None,
     overhead_s: float = 0.0,
-    link_latency_s: float = 20e-6,
+    link_latency_s: float = LINK_LATENCY_S,
 ) -> ExpertCosts:
     """Costs of steps of a model on one device of a cluster beside a host.
 
@@ -196,7 +198,7 @@ def compile_expert_costs(
     context_tokens   that each sequence attends to, or that came before the prompt's new ones
     precision        of all but the routed experts
     overhead_s       of the engine per step
-    link_latency_s   of starting a copy; an estimate
+    link_latency_s   of starting a copy
 
     Raises MappingError for models without experts and unknown formats, OutOfMemoryError for experts that fit nowhere.
     """

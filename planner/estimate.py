@@ -15,6 +15,8 @@ from simulator.workload import Requests
 TAIL = 1.6
 #: Prefill keeps its latency up to about this share of a replica's time.
 PREFILL_SHARE = 0.8
+#: Part of a replica's time in prefill that is guessed at least.
+LEAST = 1e-3
 
 
 def estimate_rate_per_s(model: StepModel, mapping: Mapping, requests: Requests, limits: Sequence[Limit]) -> float:
@@ -32,26 +34,31 @@ def estimate_rate_per_s(model: StepModel, mapping: Mapping, requests: Requests, 
     def through(n: int) -> tuple[float, float]:
         """Time of a decode step through all stages, and in the slowest."""
         n = min(max(n, 1), model.max_seqs)
-        if groups > 1:
-            step = model.lockstep_s([(n, n * context, [])] * groups)
-            return step, step
-        stages = model.stages_s(n, n * context, [])
+        stages = model.lockstep_stages_s([(n, n * context, [])] * groups)
         return sum(stages), max(stages)
 
-    prefill_s = model.lockstep_s([(0, 0, whole)] * groups) / groups if groups > 1 else max(model.stages_s(0, 0, whole))
+    prefill_s = max(model.lockstep_stages_s([(0, 0, whole)] * groups)) / groups
     most_tpot_s = min((limit.seconds / TAIL for limit in limits if limit.metric == "tpot"), default=np.inf)
-    rate, kept = 0.05 / max(prefill_s, 1e-9), 0.0
-    for _ in range(60):
+
+    def keeps(rate: float) -> bool:
+        """Whether prefill keeps its share and decodes their limit."""
         left = 1 - rate * prefill_s
         if left < 1 - PREFILL_SHARE:
-            break
+            return False
         tpot_s = through(1)[0]
         for _ in range(12):
             n = round(rate * decodes * tpot_s / lanes)
             latency, slowest = through(n)
             tpot_s = max(latency, slowest * (mapping.pp if n else 1)) / left
-        if tpot_s > most_tpot_s or rate * decodes * tpot_s / lanes > model.max_seqs:
+        return tpot_s <= most_tpot_s and rate * decodes * tpot_s / lanes <= model.max_seqs
+
+    rate, kept = 0.05 / max(prefill_s, 1e-9), 0.0
+    for _ in range(60):
+        if not keeps(rate):
             break
         kept = rate
         rate *= 1.1
-    return max(kept, 1e-3 / max(prefill_s, 1e-9))
+    while not kept and rate * prefill_s > LEAST:  # decodes that take much longer than prompts, as from host memory
+        rate /= 1.1
+        kept = rate if keeps(rate) else 0.0
+    return max(kept, LEAST / max(prefill_s, 1e-9))

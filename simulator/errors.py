@@ -31,3 +31,9 @@ class PoolError(ShardwiseError):
     """Pools of replicas that cannot serve together."""
 
     exit_code = 4
+
+
+class OffloadError(ShardwiseError):
+    """A plan for experts that do not fit which cannot be carried out."""
+
+    exit_code = 4

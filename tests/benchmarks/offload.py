@@ -23,14 +23,9 @@ from hwmodels.expertoffload import Host, compile_expert_costs  # noqa: E402
 from hwmodels.hardware import load_cluster, load_device  # noqa: E402
 from hwmodels.huggingface import load_model  # noqa: E402
 from simulator.expertcache import HOBBIT_THRESHOLDS  # noqa: E402
-from simulator.expertoffload import (  # noqa: E402
-    HOBBIT_PREFETCH,
-    OffloadPlan,
-    Prefetch,
-    SampledRouting,
-    power_law,
-    simulate_offload,
-)
+from simulator.expertrouting import SampledRouting, power_law  # noqa: E402
+from simulator.offloadedsteps import simulate_offload  # noqa: E402
+from simulator.offloadplan import HOBBIT_PREFETCH, OffloadPlan, Prefetch  # noqa: E402
 from simulator.timelines import Operation, critical_path, list_schedule, on  # noqa: E402
 
 LADDER = ("fp16", "int4")

@@ -38,9 +38,11 @@ def fits(asked: Question, gpus: int, longest: int = 2000) -> bool:
 )
 def test_the_smallest_cluster_that_would_do_does_and_none_before_it(model: str, hardware: str, gpus: int) -> None:
     asked = question(model, hardware, gpus)
-    with pytest.raises(NoFeasiblePlanError) as caught:
-        search(asked)
-    said = str(caught.value)
+    catalogue = open_catalogue(model, hardware, gpus, asked.engine)
+    said = str(nothing_fits(asked, catalogue, 2000))
+    if not catalogue.model.is_moe:  # some of whose experts may be left to the host
+        with pytest.raises(NoFeasiblePlanError, match=re.escape(said)):
+            search(asked)
     found = re.search(r"(\d+\.\d) GiB short .* smallest cluster that would do is (\d+) x", said)
     assert found is not None, said
     assert "\n" not in said

@@ -31,16 +31,9 @@ from hwmodels.hardware import load_cluster, load_device
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import Precision
 from simulator.expertcache import HOBBIT_THRESHOLDS, levels
-from simulator.expertoffload import (
-    HOBBIT_PREFETCH,
-    Offloaded,
-    OffloadPlan,
-    Prefetch,
-    SampledRouting,
-    popularity_of,
-    power_law,
-    simulate_offload,
-)
+from simulator.expertrouting import SampledRouting, popularity_of, power_law
+from simulator.offloadedsteps import Offloaded, simulate_offload
+from simulator.offloadplan import HOBBIT_PREFETCH, OffloadPlan, Prefetch
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "moe_routing"
 COUNTS = REFERENCE / "mixtral_8x7b_original__expert_popularity_college_medicine.json"

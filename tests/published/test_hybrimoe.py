@@ -15,17 +15,10 @@ import numpy as np
 import pytest
 
 from hwmodels.expertoffload import ExpertCosts
-from simulator.expertoffload import (
-    Offloaded,
-    OffloadPlan,
-    Prefetch,
-    SampledRouting,
-    Work,
-    ends_s,
-    hybrid,
-    power_law,
-    simulate_offload,
-)
+from simulator.expertrouting import SampledRouting, power_law
+from simulator.expertsharing import Work, ends_s, hybrid
+from simulator.offloadedsteps import Offloaded, simulate_offload
+from simulator.offloadplan import OffloadPlan, Prefetch
 
 #: (layers with experts, experts, experts of a token, ms per token on the CPU).
 MODELS = {"deepseek-v2-lite": (26, 64, 6, 1.0), "mixtral": (32, 8, 2, 0.2), "qwen2-57b": (28, 64, 8, 0.8)}
