@@ -124,10 +124,9 @@ def decode_steps_s(model: StepModel, mapping: Mapping, context: float, rows: int
     stages, slopes = [], []
     for tables in model.stages:
         decode, slope = _at(tables.decode, context, rows)
-        stages.append(decode + np.asarray(tables.linear)[n] + np.asarray(tables.head)[n])
+        shared = np.asarray(tables.shared)[n * mapping.attention_dp] if mapping.attention_dp > 1 else 0.0
+        stages.append(decode + np.asarray(tables.linear)[n] + np.asarray(tables.head)[n] + shared)
         slopes.append(slope / np.maximum(n, 1))
-    if mapping.attention_dp > 1:
-        stages[0] = stages[0] + np.asarray(model.stages[0].shared)[n * mapping.attention_dp]
     stages[0] = stages[0] + model.engine.step_overhead_s + n * model.engine.sequence_overhead_s
     through = np.sum(stages, axis=0) + (mapping.pp - 1) * np.asarray(model.transfer)[n]
     seconds = np.maximum(through, mapping.pp * np.max(stages, axis=0))

@@ -38,8 +38,8 @@ def handover_of(
         first = network.firsts[names.index(name)]
         own = tuple(first + device for device in devices)
         for lane in range(spec.lanes):
-            group = lane if spec.mapping.attention_dp > 1 else 0
             places[index, lane] = len(sides)
+            group = lane % spec.mapping.attention_dp
             sides.append(KvSide(own, spec.mapping, pool.kv, pool.block_tokens, group))
     routes = Routes(network, model, sides, SOFTWARE.get(kernels, MOONCAKE_VLLM))
 

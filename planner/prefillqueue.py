@@ -288,11 +288,11 @@ def prompt_tables(model: StepModel, pp: int) -> PromptTables:
     head = sum(float(stage.head[1]) for stage in model.stages)
     engine = model.engine
     width = model.max_tokens
-    each = [stage.linear[width] + stage.prefill.base[0][width] for stage in model.stages]
+    each = [stage.linear[width] + stage.prefill.base[0][width] + stage.shared[-1] for stage in model.stages]
     each[0] += engine.step_overhead_s + engine.prompt_overhead_s
     return PromptTables(
         linear,
-        np.asarray(model.stages[0].shared),
+        np.sum([np.asarray(stage.shared) for stage in model.stages], axis=0),
         knots,
         base,
         slope,

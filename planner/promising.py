@@ -40,10 +40,7 @@ def _prompts_per_s(spec: ReplicaSpec, requests: Requests, limits: Sequence[Limit
 
     def step_s(items: list[tuple[int, int]]) -> tuple[float, float]:
         """Time through all stages, and of the slowest."""
-        if mapping.attention_dp > 1:
-            seconds = model.lockstep_s([(0, 0, items)] * mapping.attention_dp)
-            return seconds, seconds
-        stages = model.stages_s(0, 0, items)
+        stages = model.lockstep_stages_s([(0, 0, items)] * mapping.attention_dp)
         return sum(stages), max(stages)
 
     long = int(np.quantile(requests.prompt_tokens, 0.9))
@@ -63,9 +60,7 @@ def _tokens_per_s(spec: ReplicaSpec, requests: Requests, limits: Sequence[Limit]
     limit = _least(limits, "tpot")
 
     def token_s(n: int) -> float:
-        if mapping.attention_dp > 1:
-            return model.lockstep_s([(n, n * context, [])] * mapping.attention_dp)
-        stages = model.stages_s(n, n * context, [])
+        stages = model.lockstep_stages_s([(n, n * context, [])] * mapping.attention_dp)
         return max(sum(stages), mapping.pp * max(stages))
 
     if most < 1 or token_s(1) > limit:

@@ -48,8 +48,8 @@ def tiering_of(
     def way(replica: int, lane: int, source: str, target: str) -> Route:
         pool, mapping, (name, devices) = pools[replica], specs[replica].mapping, places[replica]
         first = network.firsts[names.index(name)]
-        group = lane if mapping.attention_dp > 1 else 0
-        side = KvSide(tuple(first + device for device in devices), mapping, pool.kv, pool.block_tokens, group)
+        own = tuple(first + device for device in devices)
+        side = KvSide(own, mapping, pool.kv, pool.block_tokens, lane % mapping.attention_dp)
         if HBM in (source, target):
             return store_route(network, model, side, source if target == HBM else target, load=target == HBM)
         return _between(network, model, side, up=source == SSD)

@@ -123,9 +123,8 @@ def prefill_of(model: StepModel) -> Prefill:
     """Seconds a replica takes to compute a chunk alone, in steps of at most the model's tokens, stage after stage."""
 
     def step_s(new: int, before: int) -> float:
-        if len(model.stages) == 1:
-            return model.lockstep_s([(0, 0, [(new, before)])])
-        return sum(model.stages_s(0, 0, [(new, before)])) + (len(model.stages) - 1) * model.transfer[new]
+        times = model.lockstep_stages_s([(0, 0, [(new, before)])])
+        return sum(times) + (len(times) - 1) * model.transfer[new]
 
     def seconds(new: int, before: int) -> float:
         starts = range(before, before + new, model.max_tokens)
