@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 
 from planner.errors import PlanError
 from planner.export import dynamo, sglang, tensorrt_llm, vllm
+from planner.export.experts import Seats, require_seats
 from planner.export.launch import Export, model_repository, place
 from planner.plan import Plan
 from planner.planfile import check_plan
 
-__all__ = ["ENGINES", "Export", "export", "model_repository"]
+__all__ = ["ENGINES", "Export", "Seats", "export", "model_repository"]
 
 #: Engines a plan can be exported for.
 ENGINES: dict[str, Callable[..., Export]] = {
@@ -21,12 +22,15 @@ ENGINES: dict[str, Callable[..., Export]] = {
 }
 
 
-def export(plan: Plan, engine: str, gpus_per_node: int | Mapping[str, int] = 8) -> Export:
+def export(
+    plan: Plan, engine: str, gpus_per_node: int | Mapping[str, int] = 8, seats: Mapping[str, Seats] | None = None
+) -> Export:
     """The files that launch every pool of a plan, and in `notes` what the engine does differently.
 
     engine          one of ENGINES
     gpus_per_node   devices of one server, or of one server of each hardware in Plan.devices; a replica leaves its
                     server only when it is larger than one
+    seats           content of the maps of experts that pools name
 
     Raises PlanError for a plan that is malformed, does not fit the servers, or that the engine cannot run.
     """
@@ -50,4 +54,11 @@ def export(plan: Plan, engine: str, gpus_per_node: int | Mapping[str, int] = 8) 
                 f"pools[{index}].sharing is {pool.sharing!r}, expected null: none of the exported engines divides a "
                 "device between its phases by such a rule; plan --serving aggregated or disaggregated"
             )
-    return ENGINES[engine](plan, place(plan, gpus_per_node))
+        if pool.expert_cache is not None:
+            raise PlanError(
+                f"pools[{index}].expert_cache is {pool.expert_cache:g}, expected null: no exported launch file keeps a "
+                "cache of experts over host memory; MoE-Infinity serves experts that are loaded, KTransformers and "
+                "llama.cpp (--n-cpu-moe) those a CPU computes"
+            )
+    require_seats(plan, seats or {})
+    return ENGINES[engine](plan, place(plan, gpus_per_node), seats or {})

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from planner.errors import PlanError
+from planner.export.experts import Seats
 from planner.export.handover import Rules, check_handover
 from planner.export.launch import (
     ROUTER_PORT,
@@ -36,7 +37,7 @@ from planner.export.launch import (
     visible,
 )
 from planner.export.nodeselectors import node_selectors
-from planner.export.vllm import engine_flags, kv_environment, kv_notes, stage_environment
+from planner.export.vllm import engine_flags, kv_environment, kv_notes, require_stages_inside, stage_environment
 from planner.plan import Plan, Pool
 
 VERSION = "0.7.1"
@@ -53,13 +54,14 @@ _SETUP = (
 )
 
 
-def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
+def launch_files(plan: Plan, replicas: Sequence[Replica], _seats: Mapping[str, Seats]) -> Export:
     """launch.sh and dynamo.yaml; launch.sh only applies the latter when a replica is larger than a node."""
     joined = any(len(replica.nodes) > 1 for replica in replicas)
     notes = common_notes(plan, replicas, scripted=not joined)
     check_handover(plan, RULES, notes)
     for replica in replicas:
         _check_reach(replica)
+        require_stages_inside(replica, _WORKERS)
     notes.append("Dynamo needs etcd and NATS; on Kubernetes the operator and a secret named hf-token-secret.")
     if len({(pool.block_tokens, pool.max_context_tokens) for pool in plan.pools}) > 1:
         notes.append("Pools differ in block size or context: Dynamo may refuse workers of one model that disagree.")

@@ -233,6 +233,7 @@ def title(replica: Replica) -> str:
     """What a comment says of a replica."""
     pool = replica.pool
     degrees = f"tp={pool.tp} pp={pool.pp} attention_dp={pool.attention_dp} ep={pool.ep}"
+    degrees += f" cp={pool.cp}" if pool.cp > 1 else ""
     role = f", {pool.role}" if pool.role in ("prefill", "decode") else ""
     return f"pool {replica.pool_index}{role}: {degrees}, port {replica.port}"
 

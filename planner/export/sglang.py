@@ -3,7 +3,8 @@
 Flags and their checks: python/sglang/srt/server_args.py of the 0.5.6 wheel and sglang_router/router_args.py of the
 0.2.4 wheel. --tp-size counts all ranks of a pipeline stage; attention runs on tp-size / dp-size of them, experts on
 tp-size / ep-size (srt/layers/dp_attention.py, srt/distributed/parallel_state.py). With DP attention the server divides
---max-running-requests and --chunked-prefill-size by dp-size, with pipelining the former by pp-size.
+--max-running-requests and --chunked-prefill-size by dp-size, with pipelining the former by pp-size. Every stage has its
+own attention groups (initialize_dp_attention forms them over pp-size x tp-size ranks, stages outermost).
 
 Prefill and decode pools: docs/advanced_features/pd_disaggregation.md; the checks are in ServerArgs._handle_
 disaggregation and in srt/disaggregation (common/conn.py: which ranks read from which, decode stages "not supported
@@ -13,9 +14,11 @@ heads by send_kvcache_slice, which knows no copies of heads; caches with windows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from planner.errors import PlanError
+from planner.export.contexts import no_context
+from planner.export.experts import Seats, sglang_flags, sglang_map
 from planner.export.handover import (
     Rules,
     check_handover,
@@ -30,6 +33,7 @@ from planner.export.launch import (
     Export,
     Replica,
     address,
+    beside_script,
     common_notes,
     compute_dtype,
     model_repository,
@@ -53,12 +57,15 @@ _HOW = (
 _KV = {"bf16": "bf16", "fp16": "auto", "fp32": "auto", "fp8": "fp8_e4m3", "fp4": "fp4_e2m1"}
 
 
-def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
-    """launch.sh with every server and, for more than one replica, the router."""
+def launch_files(plan: Plan, replicas: Sequence[Replica], seats: Mapping[str, Seats]) -> Export:
+    """launch.sh with every server and, for more than one replica, the router; the maps of experts of its pools."""
     notes = common_notes(plan, replicas)
     check_handover(plan, RULES, notes)
     repository = model_repository(plan)
     flags = [_flags(pool, index, notes) + _kv_flags(plan, pool) for index, pool in enumerate(plan.pools)]
+    maps = {f"pool{index}-experts.json": sglang_map(pool, seats) for index, pool in enumerate(plan.pools)}
+    for own, (name, text) in zip(flags, maps.items(), strict=True):
+        own += [] if text is None else ["--init-expert-location", beside_script(name)]
     commands = _router(plan, replicas, notes)
     for replica in replicas:
         for rank, node in enumerate(replica.nodes):
@@ -77,7 +84,9 @@ def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
                 env["SGLANG_PP_LAYER_PARTITION"] = ",".join(map(str, replica.pool.stages))
             commands.append(Command(node, argv, env, title(replica)))
     header = f"SGLang {VERSION}: {len(replicas)} replicas of {repository}"
-    return Export("sglang", VERSION, {"launch.sh": script(commands, nodes_of(replicas), header)}, tuple(notes))
+    files = {"launch.sh": script(commands, nodes_of(replicas), header)}
+    files |= {name: text for name, text in maps.items() if text is not None}
+    return Export("sglang", VERSION, files, tuple(notes))
 
 
 def _kv_flags(plan: Plan, pool: Pool) -> list[str]:
@@ -115,6 +124,7 @@ def _check_share(replica: Replica) -> None:
 def _flags(pool: Pool, index: int, notes: list[str]) -> list[str]:
     where, d = f"pools[{index}]", pool.attention_dp
     no_static(pool, index, f"SGLang {VERSION}")
+    no_context(pool, index, f"SGLang {VERSION}", "it cuts prompts over ranks for DeepSeek's sparse attention alone")
     if pool.kv not in _KV:
         raise PlanError(f"{where}.kv is {pool.kv!r}, expected one of {', '.join(_KV)} for SGLang; plan kv fp8")
     flags = ["--tp-size", str(pool.tp * d), "--pp-size", str(pool.pp)]
@@ -122,7 +132,7 @@ def _flags(pool: Pool, index: int, notes: list[str]) -> list[str]:
         flags += ["--dp-size", str(d), "--enable-dp-attention"]
         notes.append(f"{where}: SGLang offers DP attention for DeepSeek and Qwen mixture-of-experts models.")
     if pool.ep > 1:
-        flags += ["--ep-size", str(pool.ep)]
+        flags += ["--ep-size", str(pool.ep), *sglang_flags(pool)]
     flags += ["--dtype", compute_dtype(pool, index, notes), "--kv-cache-dtype", _KV[pool.kv]]
     if pool.weights == "fp8":
         flags += ["--quantization", "fp8"]

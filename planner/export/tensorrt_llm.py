@@ -3,7 +3,8 @@
 Options: tensorrt_llm/commands/serve.py of the 1.2 series (commit 00209af149e7, not the release tag), BaseLlmArgs in
 tensorrt_llm/llmapi/llm_args.py of 1.2.1, and the KvCacheConfig page of the LLM API reference (seen for 1.3.0rc27). With
 enable_attention_dp every rank of the tensor-parallel group runs attention for its own requests, and max_batch_size and
-max_num_tokens hold per rank. A replica of several nodes is one MPI world: mpirun with trtllm-llmapi-launch.
+max_num_tokens hold per rank, in every pipeline stage ("You can have pp > 1 with attn_dp", a maintainer in pull request
+3370). A replica of several nodes is one MPI world: mpirun with trtllm-llmapi-launch.
 
 Prefill and decode pools are context and generation servers behind `trtllm-serve disaggregated`: docs/source/features/
 disagg-serving.md, the command's options in serve.py, its file in tensorrt_llm/llmapi/disagg_utils.py, router types in
@@ -13,12 +14,14 @@ tensorrt_llm/batch_manager/cacheFormatter.cpp), the last four as stored for the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from planner.errors import PlanError
+from planner.export.contexts import helix_options
+from planner.export.experts import Seats, tensorrt_options
 from planner.export.handover import Rules, check_handover, of_role, routing_weights_note, transfer_note
 from planner.export.launch import (
     ROUTER_PORT,
@@ -51,14 +54,17 @@ RULES = Rules(
 )
 
 
-def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
+def launch_files(plan: Plan, replicas: Sequence[Replica], seats: Mapping[str, Seats]) -> Export:
     """launch.sh, pool0.yaml, pool1.yaml, ... and nginx.conf or disagg_config.yaml for more than one replica."""
     notes = common_notes(plan, replicas)
     check_handover(plan, RULES, notes)
     notes.append("TensorRT-LLM admits a request only when it is sure to finish, where the simulation preempts.")
     repository = model_repository(plan)
     files = {
-        f"pool{index}.yaml": yaml.safe_dump(_options(pool, index, notes), sort_keys=False)
+        f"pool{index}.yaml": yaml.safe_dump(
+            _options(pool, index, seats, notes) | helix_options(plan, pool, index, f"TensorRT-LLM {VERSION}", notes),
+            sort_keys=False,
+        )
         for index, pool in enumerate(plan.pools)
     }
     commands = []
@@ -119,7 +125,7 @@ def _mpirun(replica: Replica) -> list[str]:
     return ["mpirun", "-n", str(share * len(replica.nodes)), "-H", Shell(f'"{hosts}"'), "-x", "CUDA_VISIBLE_DEVICES"]
 
 
-def _options(pool: Pool, index: int, notes: list[str]) -> dict[str, Any]:
+def _options(pool: Pool, index: int, seats: Mapping[str, Seats], notes: list[str]) -> dict[str, Any]:
     where = f"pools[{index}]"
     no_static(pool, index, f"TensorRT-LLM {VERSION}")
     if pool.attention_dp > 1 and pool.tp > 1:
@@ -151,6 +157,7 @@ def _options(pool: Pool, index: int, notes: list[str]) -> dict[str, Any]:
         options["enable_attention_dp"] = True
     if pool.ep > 1 or pool.expert_tp > 1:
         options["moe_expert_parallel_size"], options["moe_tensor_parallel_size"] = pool.ep, pool.expert_tp
+    options |= tensorrt_options(pool, where, seats, notes)
     if pool.stages is not None:
         options["pp_partition"] = list(pool.stages)
         notes.append(f"{where}: pp_partition is a prototype option of TensorRT-LLM {VERSION}.")

@@ -3,6 +3,8 @@
 Flags: vllm/engine/arg_utils.py, vllm/entrypoints/openai/cli_args.py and vllm/config of the 0.12.0 wheel. Several nodes:
 --nnodes/--node-rank/--master-addr with --headless (ranks of a node in one process group), or, where every attention-DP
 rank fits a node, --data-parallel-size-local and --data-parallel-start-rank (docs/serving/data_parallel_deployment.md).
+Ranks are numbered data-parallel outermost, then by stage (vllm/distributed/parallel_state.py, initialize_model_
+parallel: ExternalDP x DP x PP x TP), where the plan has stages outermost: the same within a node only.
 
 Prefill and decode pools: NixlConnector as in docs/features/nixl_connector_usage.md of 0.12.0; what it asks of them is
 checked at the handshake (vllm/distributed/kv_transfer/kv_connector/v1/nixl_connector.py of the wheel: get_target_
@@ -13,9 +15,11 @@ stages would share one table of ranks, vllm issue 40674). The router's flags: vl
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from planner.errors import PlanError
+from planner.export.contexts import no_context
+from planner.export.experts import Seats, vllm_flags
 from planner.export.handover import Rules, check_handover, of_role, routing_weights_note, transfer_note
 from planner.export.launch import (
     ROUTER_PORT,
@@ -46,7 +50,7 @@ RULES = Rules(f"vLLM {VERSION}", tp="grows", blocks="multiple", prefill_stages=F
 _KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
 
-def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
+def launch_files(plan: Plan, replicas: Sequence[Replica], _seats: Mapping[str, Seats]) -> Export:
     """launch.sh, and nginx.conf for more than one replica that serves whole requests."""
     notes = common_notes(plan, replicas)
     check_handover(plan, RULES, notes)
@@ -54,6 +58,7 @@ def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
     flags = [engine_flags(pool, index, f"vLLM {VERSION}", notes) for index, pool in enumerate(plan.pools)]
     commands = []
     for replica in replicas:
+        require_stages_inside(replica, f"vLLM {VERSION}")
         for rank in range(len(replica.nodes)):
             argv = ["vllm", "serve", repository]
             argv += ["--host", "0.0.0.0", "--port", str(replica.port)] if rank == 0 else ["--headless"]
@@ -69,6 +74,17 @@ def launch_files(plan: Plan, replicas: Sequence[Replica]) -> Export:
     return Export(
         "vllm", VERSION, {"launch.sh": script(router + commands, nodes_of(replicas), header), **files}, tuple(notes)
     )
+
+
+def require_stages_inside(replica: Replica, engine: str) -> None:
+    """Raise PlanError where the ranks that share a stage's experts would be on other nodes than in the plan."""
+    pool, nodes = replica.pool, len(replica.nodes)
+    if nodes > 1 and pool.attention_dp > 1 and pool.pp > 1:
+        raise PlanError(
+            f"pools[{replica.pool_index}].pp is {pool.pp} with attention_dp {pool.attention_dp} on {nodes} nodes, "
+            f"expected a replica within a node: {engine} keeps the stages of an attention group together, so that the "
+            "experts of every stage would be spread over the nodes; plan smaller replicas or export for sglang"
+        )
 
 
 def stage_environment(pool: Pool) -> dict[str, str]:
@@ -130,6 +146,7 @@ def engine_flags(pool: Pool, index: int, engine: str, notes: list[str]) -> list[
     """Flags of one pool that do not depend on the replica; also what Dynamo's vLLM worker takes."""
     where = f"pools[{index}]"
     no_static(pool, index, engine)
+    no_context(pool, index, engine, "none of its attention backends has prefill context parallelism")
     if pool.block_tokens not in BLOCK_SIZES:
         raise PlanError(f"{where}.block_tokens is {pool.block_tokens}, expected one of {BLOCK_SIZES} for {engine}")
     if pool.max_seqs > pool.token_budget:
@@ -141,7 +158,7 @@ def engine_flags(pool: Pool, index: int, engine: str, notes: list[str]) -> list[
     if max_seqs < pool.max_seqs * pool.pp:
         notes.append(f"{where}: {engine} takes at most token_budget sequences, so {max_seqs} over all pipeline stages.")
     flags = ["--tensor-parallel-size", str(pool.tp), "--pipeline-parallel-size", str(pool.pp)]
-    flags += _expert_flags(pool, where, engine)
+    flags += _expert_flags(pool, where, engine) + vllm_flags(pool, where, engine, notes)
     flags += ["--dtype", compute_dtype(pool, index, notes)]
     if pool.weights == "fp8":
         flags += ["--quantization", "fp8"]

@@ -1,8 +1,10 @@
 """Launch files: commands parsed back say the plan, use flags of the named version, and share no GPU."""
 
+import json
 import shlex
 import subprocess
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 import planner.export.launch
 from planner.errors import PlanError
-from planner.export import ENGINES, export, model_repository
+from planner.export import ENGINES, Seats, export, model_repository
 from planner.plan import Plan, Pool
 
 
@@ -23,7 +25,7 @@ def words(text):
 VLLM = words(
     "--tensor-parallel-size --pipeline-parallel-size --data-parallel-size --enable-expert-parallel --dtype "
     "--quantization --kv-cache-dtype --max-num-seqs --max-num-batched-tokens --block-size --no-enable-prefix-caching "
-    "--enable-chunked-prefill --no-enable-chunked-prefill --max-model-len"
+    "--enable-chunked-prefill --no-enable-chunked-prefill --max-model-len --enable-eplb --eplb-config"
 )
 
 #: Flags of each program, read from the sources named; --no-... are argparse.BooleanOptionalAction.
@@ -59,7 +61,8 @@ FLAGS = {
             "--disable-radix-cache --nnodes --node-rank --dist-init-addr --disaggregation-mode "
             "--disaggregation-transfer-backend --disaggregation-bootstrap-port --disaggregation-decode-tp "
             "--disaggregation-decode-dp --disaggregation-prefill-pp --load-balance-method "
-            "--prefill-round-robin-balance"
+            "--prefill-round-robin-balance --ep-num-redundant-experts --ep-dispatch-algorithm --enable-eplb "
+            "--init-expert-location"
         )
     ),
     # sglang-router 0.2.4 wheel: sglang_router/router_args.py
@@ -92,10 +95,15 @@ TENSORRT_OPTIONS = {
     "moe_tensor_parallel_size",
     "pp_partition",
     "cache_transceiver_config",
+    "moe_config",
     "disable_overlap_scheduler",
 }
 #: Names of tensorrt_llm/llmapi/disagg_utils.py, extract_disagg_cfg.
 DISAGGREGATED_OPTIONS = {"hostname", "port", "backend", "context_servers", "generation_servers"}
+
+
+#: Maps of experts that plans may name: two mixture layers of four experts in six slots, behind a dense layer.
+SEATS = {"map.json": Seats({1: [0, 1, 2, 3, 0, 1], 2: [3, 2, 1, 0, 2, 3]}, 4, 3)}
 
 
 class Launched:
@@ -162,6 +170,8 @@ def plans(draw):
             attention_dp=d,
             ep=ep,
             expert_tp=ranks // ep,
+            redundant_experts=draw(st.sampled_from([0, 0, 2])) if ep > 1 else 0,
+            expert_map=draw(st.sampled_from([None, None, "map.json"])) if ep > 1 else None,
             stages=draw(st.none() | st.just((30,) * pp)),
             weights=draw(st.sampled_from(["bf16", "fp8", "int4"])),
             activations=draw(st.sampled_from(["bf16", "bf16", "fp8"])),
@@ -182,7 +192,7 @@ def plans(draw):
 @given(plan=plans())
 def test_laws_of_launch_files(engine, plan):
     try:
-        exported = export(plan, engine)
+        exported = export(plan, engine, seats=SEATS)
     except PlanError as error:
         assert "\n" not in str(error) and "expected" in str(error)
         assume(False)
@@ -238,7 +248,7 @@ def disaggregated_plans(draw):
 @given(plan=disaggregated_plans())
 def test_laws_of_launch_files_of_pools(engine, plan):
     try:
-        exported = export(plan, engine)
+        exported = export(plan, engine, seats=SEATS)
     except PlanError as error:
         assert "\n" not in str(error) and "expected" in str(error)
         assume(False)
@@ -374,6 +384,27 @@ def test_vllm_over_two_nodes_with_expert_parallelism():
     assert all(p.number("--data-parallel-size-local") == 8 and "--enable-expert-parallel" in p.flags for p in processes)
 
 
+def test_attention_groups_in_pipeline_stages():
+    """One node: all engines; several: those that number stages outermost, as plans do."""
+    inside = Pool(1, attention_dp=4, ep=4, pp=2, max_seqs=32, token_budget=1024)
+    process, _ = only(Plan("org/m", "h", 8, (inside,)), "vllm")
+    assert (process.number("--data-parallel-size"), process.number("--pipeline-parallel-size")) == (4, 2)
+    assert process.number("--max-num-seqs") == 2 * 32  # one scheduler for each group feeds both stages
+    across = Pool(1, attention_dp=8, ep=8, pp=2, max_seqs=32, token_budget=1024)
+    plan = Plan("org/m", "h", 16, (across,))
+    servers = workers(export(plan, "sglang"))
+    expected = {"--tp-size": 8, "--dp-size": 8, "--ep-size": 8, "--pp-size": 2, "--max-running-requests": 32 * 8 * 2}
+    assert [server.number("--node-rank") for server in servers] == [0, 1]
+    assert all({flag: server.number(flag) for flag in expected} == expected for server in servers)
+    exported = export(plan, "tensorrt-llm")
+    (process,) = workers(exported)
+    assert (process.number("--tp_size"), process.number("--pp_size")) == (8, 2)
+    assert yaml.safe_load(exported.files["pool0.yaml"])["enable_attention_dp"]
+    for engine in ("vllm", "dynamo"):
+        with pytest.raises(PlanError, match="pp is 2 with attention_dp 8 on 2 nodes, expected a replica within a node"):
+            export(plan, engine)
+
+
 def test_a_replica_larger_than_a_node_is_cut_between_tensor_parallel_groups():
     processes = workers(export(Plan("org/m", "h", 24, (Pool(1, tp=4, pp=3),)), "vllm"))
     assert [p.gpus for p in processes] == [[0, 1, 2, 3]] * 3
@@ -476,3 +507,50 @@ def test_idle_nodes_and_unknown_ranks_end_the_script():
         rank: subprocess.run(["bash", "-s"], input=script, text=True, env={"NODE_RANK": rank}) for rank in ("1", "7")
     }
     assert run["1"].returncode == 0 and run["7"].returncode == 2
+
+
+COPIES = Pool(2, tp=2, ep=2, redundant_experts=2, weights="fp8", activations="fp8", expert_map="map.json")
+
+
+def test_copies_of_experts_and_their_places_reach_the_engines():
+    plan = Plan("org/m", "h", 4, (COPIES,))
+    told = export(plan, "sglang", seats=SEATS)
+    for process in workers(told):
+        assert process.flags["--ep-num-redundant-experts"] == ["2"]
+        assert process.flags["--ep-dispatch-algorithm"] == ["dynamic"] and "--enable-eplb" not in process.flags
+        assert process.flags["--init-expert-location"] == ["$HERE/pool0-experts.json"]
+    rows = json.loads(told.files["pool0-experts.json"])
+    assert rows == {"physical_to_logical_map": [[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 2, 3]]}
+    told = export(plan, "tensorrt-llm", seats=SEATS)
+    assert yaml.safe_load(told.files["pool0.yaml"])["moe_config"] == {
+        "backend": "WIDEEP",
+        "load_balancer": {
+            "num_slots": 6,
+            "initial_global_assignments": {1: [0, 1, 2, 3, 0, 1], 2: [3, 2, 1, 0, 2, 3]},
+            "layer_updates_per_iter": 0,
+        },
+    }
+    for engine in ("vllm", "dynamo"):
+        told = export(plan, engine, seats=SEATS)
+        for process in workers(told):
+            assert json.loads(process.flags["--eplb-config"][0]) == {"num_redundant_experts": 2}
+            assert "--enable-eplb" in process.flags
+        assert any("takes no map of experts" in note for note in told.notes)
+
+
+def test_copies_without_a_map_are_left_to_the_engines_balancer():
+    plan = Plan("org/m", "h", 4, (replace(COPIES, expert_map=None),))
+    (first, *_) = workers(export(plan, "sglang"))
+    assert "--enable-eplb" in first.flags and "--init-expert-location" not in first.flags
+    assert not any("map" in note for note in export(plan, "vllm").notes)
+    with pytest.raises(PlanError, match=r"pools\[0\].redundant_experts is 2 without expert_map"):
+        export(plan, "tensorrt-llm")
+    for engine in ENGINES:
+        text = export(Plan("org/m", "h", 4, (Pool(2, tp=2, ep=2, weights="fp8", activations="fp8"),)), engine).files
+        assert not any("eplb" in one or "redundant" in one or "moe_config" in one for one in text.values())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_map_whose_content_is_missing_is_refused(engine):
+    with pytest.raises(PlanError, match=r"pools\[0\].expert_map is 'map.json', expected its content too"):
+        export(Plan("org/m", "h", 4, (COPIES,)), engine)
