@@ -15,6 +15,7 @@ from simulator.encodehere import OwnEncoder
 from simulator.errors import PoolError
 from simulator.handover import Handover
 from simulator.lockstep import LockstepReplica
+from simulator.lockstepstages import StagedLockstepReplica
 from simulator.log import Log
 from simulator.pipeline import PipelineReplica
 from simulator.replica import Replica
@@ -33,7 +34,7 @@ AnyReplica = Replica | LockstepReplica | PipelineReplica
 class ReplicaSpec:
     """One model copy: how it is cut, how it schedules, and what its steps cost.
 
-    kv_blocks   blocks each of its schedulers can hand out
+    kv_blocks   blocks each of its schedulers can hand out: of a group's KV, its micro-batches have equal shares
     share       its share of the requests under a router that does not look at loads, relative to the others'
     role        what it does, see Role
     work        FLOPs and bytes of its steps; None where they are not wanted
@@ -51,9 +52,21 @@ class ReplicaSpec:
     role: Role = "aggregated"
     encoder: OwnEncoder | None = None
 
+    def __post_init__(self) -> None:
+        """Raise PoolError for layers passed in groups where one stage or attention group has not all of them."""
+        mapping = self.mapping
+        if self.scheduler.policy == "layered" and (mapping.pp > 1 or mapping.attention_dp > 1):
+            raise PoolError(
+                f"policy layered with pp={mapping.pp}, attention_dp={mapping.attention_dp}: expected 1 and 1; "
+                "use policy chunked"
+            )
+
     @property
     def lanes(self) -> int:
-        """Schedulers, each with its own KV blocks: one for every pipeline stage or attention group."""
+        """Schedulers, each with its own KV blocks: one for every attention group of every micro-batch in flight.
+
+        Lane = micro-batch * attention_dp + group, and as many micro-batches are in flight as there are stages.
+        """
         return self.mapping.pp * self.mapping.attention_dp
 
     def start(self, prompts: list[int], outputs: list[int], log: Log, index: int) -> AnyReplica:
@@ -62,7 +75,7 @@ class ReplicaSpec:
         schedulers = [Scheduler(self.scheduler, self.kv_blocks, prompts, outputs) for _ in range(self.lanes)]
         kind: type[Replica] | type[LockstepReplica] | type[PipelineReplica] = Replica
         if mapping.pp > 1:
-            kind = PipelineReplica
+            kind = StagedLockstepReplica if mapping.attention_dp > 1 else PipelineReplica
         elif mapping.attention_dp > 1:
             kind = LockstepReplica
         return kind(self.model, schedulers, log, index)

@@ -215,11 +215,12 @@ class Log:
         untold   steps taken that the scheduler has not been told of
         """
         tokens = pairs = 0
-        for _, new, before in s.chunks:
+        chunks = s.chunks if s.group + 1 == s.groups else ()  # those in groups of layers count in the last of them
+        for _, new, before in chunks:
             tokens += new
             pairs += new * before + new * (new + 1) // 2
         assert self.segments is not None
         self.segments.extend(
             (replica, lane, start_s, end_s, steps, slope_s, running, context, tokens, pairs,
-             len(s.chunks), len(s.waiting), s.blocks_held(untold + (1 if s.decode_runs else 0)))
+             len(chunks), len(s.waiting), s.blocks_held(untold + (1 if s.decode_runs else 0)))
         )  # fmt: skip

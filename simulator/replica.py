@@ -96,13 +96,12 @@ class Replica:
         """A request arrives: an idle replica can start on it, a jump ends at the next step boundary."""
         log, scheduler = self.log, self.scheduler
         log.replica[request] = self.index
-        may_join = not scheduler.waiting
-        if not scheduler.offer(request):
+        if not scheduler.offer(request, at_s):
             log.rejected.append(request)
             return
         if self.end == inf:
             self.now = max(self.now, at_s)
-        elif may_join and self._steps > 1:
+        elif self._steps > 1 and scheduler.waiting[0] == request:
             self._shorten(at_s)
 
     def expect(self, request: int) -> int | None:
@@ -200,7 +199,10 @@ class Replica:
             log.scheduled(scheduler, start)
             self._steps = 1
             self._slope = 0.0
-            duration = self.model.step_s(running, context, scheduler.items)
+            if scheduler.groups == 1:
+                duration = self.model.step_s(running, context, scheduler.items)
+            else:
+                duration = self.model.group_step_s(running, context, scheduler.items, scheduler.group, scheduler.groups)
             if self.before_prompts_s is not None:
                 duration += self.before_prompts_s(scheduler.chunks)
             if log.watch is not None:

@@ -7,17 +7,18 @@ block needs and completions of any number of unchanging steps follow in constant
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from operator import mul
-from typing import Literal
 
 from simulator.errors import SchedulerError
+from simulator.orders import Order, Rank, ranking
+from simulator.policies import POLICIES, Policy
 from simulator.prefixcache import EVICTIONS, PrefixCache
 
-Policy = Literal["chunked", "prefill-first", "orca", "static"]
 #: Requests are told from steps by their low bits.
 REQUEST_BITS = 32
 REQUEST_MASK = (1 << REQUEST_BITS) - 1
@@ -33,13 +34,18 @@ class SchedulerConfig:
 
     policy               chunked: prompts cut to fill a token budget beside the decodes (Sarathi-Serve, vLLM V1);
                          prefill-first: whole prompts before any decode (vLLM V0);
-                         orca: whole prompts beside the decodes; static: a batch runs to its end
+                         orca: whole prompts beside the decodes; static: a batch runs to its end;
+                         layered: whole prompts, a group of layers a step, beside the decodes (Layered Prefill)
     max_seqs             sequences in one step
     token_budget         tokens in one step
     block_tokens         tokens of one KV block
     max_context_tokens   longest prompt + output
     prefix_caching       off, or the order in which KV that nobody uses is forgotten: a key of
                          simulator.prefixcache.EVICTIONS; of effect where requests come with block hashes
+    chunk_tokens         prompt tokens in one step at most, of policy chunked; None: what decodes leave of the budget
+    group_tokens, max_groups   of policy layered: prompt tokens for each group of layers, and most groups of layers
+    order                in which the queue waits, see simulator.orders.ranking, as for
+    ageing_tokens_per_s, targets_s
     """
 
     policy: Policy = "chunked"
@@ -48,10 +54,16 @@ class SchedulerConfig:
     block_tokens: int = 16
     max_context_tokens: int = 32768
     prefix_caching: str = "off"
+    chunk_tokens: int | None = None
+    group_tokens: int = 512
+    max_groups: int = 16
+    order: Order = "fcfs"
+    ageing_tokens_per_s: float = 0.0
+    targets_s: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise SchedulerError for settings that contradict each other."""
-        for name in ("max_seqs", "token_budget", "block_tokens", "max_context_tokens"):
+        for name in ("max_seqs", "token_budget", "block_tokens", "max_context_tokens", "group_tokens", "max_groups"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise SchedulerError(f"{name}={value}: expected an integer of at least 1")
@@ -62,6 +74,17 @@ class SchedulerConfig:
                 f"max_seqs={self.max_seqs}: every decoding sequence takes a token of the step, so at most "
                 f"token_budget={self.token_budget} can run; lower max_seqs or raise token_budget"
             )
+        if self.chunk_tokens is not None:
+            if self.policy != "chunked":
+                raise SchedulerError(f"chunk_tokens={self.chunk_tokens} with policy {self.policy}: expected chunked")
+            if not 1 <= self.chunk_tokens <= self.token_budget:
+                raise SchedulerError(
+                    f"chunk_tokens={self.chunk_tokens}: expected 1 to the token_budget of {self.token_budget}; "
+                    "lower it or raise the budget"
+                )
+        ranking(self.order, self.ageing_tokens_per_s, self.targets_s)
+        if self.policy == "static" and self.order != "fcfs":
+            raise SchedulerError(f"order={self.order} with policy static: expected a policy that admits at every step")
         if self.prefix_caching != "off":
             if self.prefix_caching not in EVICTIONS:
                 expected = ", ".join(EVICTIONS)
@@ -74,7 +97,11 @@ class Scheduler:
     """The queue, the running sequences and the KV blocks of one engine.
 
     prompts, outputs   tokens of every request of the run; outputs tell when a sequence ends, policies never see them
+    classes            SLO class of every request; empty: all are alike
     kv_blocks          blocks of the KV pool
+    group, groups      which of how many groups of layers the prompts of the formed step go through; (0, 1): all
+    cohort             prompts on their way through the groups of layers, between steps
+    rank               of every request, where the queue is not first come, first served
     cache              the blocks whose KV is kept for other prompts, None where none is; blocks that several sequences
                        share are counted once, those that nobody uses not at all: they give way
     """
@@ -82,22 +109,25 @@ class Scheduler:
     __slots__ = (
         "_admit",
         "_apart",
-        "_before",
         "_block",
         "_finish_at",
         "_heap",
         "_needs",
         "_padded",
-        "_partial",
-        "_partial_done",
+        "_ranking",
         "_weights",
+        "before",
         "cache",
         "chunks",
+        "classes",
+        "cohort",
         "config",
         "context_offset",
         "decode_runs",
         "expected",
         "generated",
+        "group",
+        "groups",
         "items",
         "joined",
         "kv_blocks",
@@ -107,11 +137,14 @@ class Scheduler:
         "loading",
         "longest_tokens",
         "outputs",
+        "partial",
+        "partial_done",
         "peak_blocks",
         "peak_seqs",
         "preempted",
         "prefilled",
         "prompts",
+        "rank",
         "reserved",
         "running",
         "settled",
@@ -125,6 +158,7 @@ class Scheduler:
         self.kv_blocks = kv_blocks
         self.prompts = prompts
         self.outputs = outputs
+        self.classes: Sequence[int] = ()
         self.cache: PrefixCache | None = None
         self.waiting: deque[int] = deque()
         self.expected = 0  # sequences whose KV is to come from another replica
@@ -144,11 +178,15 @@ class Scheduler:
         self.settled = True  # whether the next step can differ only through an arrival, a completion or a KV shortage
         self.generated: dict[int, int] = {}  # tokens emitted before the last preemption
         self.preempted: list[int] = []  # by the last call of form()
+        self.group, self.groups = 0, 1
+        self.cohort: list[Chunk] = []
+        self.rank: dict[int, Rank] = {}
         self.limited: set[str] = set()  # which of "kv", "seqs" and "tokens" ever kept a request out or cut a prompt
         self.peak_seqs = 0
         self.peak_blocks = 0  # most blocks ever reserved
         self._block = config.block_tokens
         self._admit = POLICIES[config.policy]
+        self._ranking = ranking(config.order, config.ageing_tokens_per_s, config.targets_s)
         self._needs = [0] * config.block_tokens  # sequences that need a block when steps % block_tokens is the index
         self._finish_at: dict[int, int] = {}  # value of `steps` at which each decoding sequence ends, as admitted
         self._heap: list[int] = []  # the same, as finish << REQUEST_BITS | request; outdated ones stay in
@@ -156,9 +194,9 @@ class Scheduler:
         block = config.block_tokens
         self._weights = [tuple((i - r) % block for i in range(block)) for r in range(block)]
         self._apart = 0  # blocks of sequences that do not decode: in prefill, on their way to or from another replica
-        self._partial = -1
-        self._partial_done = 0
-        self._before = 0  # tokens that the sequence admitted last found cached
+        self.partial = -1
+        self.partial_done = 0
+        self.before = 0  # tokens that the sequence admitted last found cached
         self._padded = config.policy == "static"
         # The last token of an output is never cached; a whole prompt, or what a preemption makes of it, is one step.
         self.longest_tokens = min(config.max_context_tokens, kv_blocks * config.block_tokens + 1)
@@ -167,13 +205,33 @@ class Scheduler:
         if self._padded and config.max_context_tokens > kv_blocks * config.block_tokens:
             self.longest_tokens = 0
 
-    def offer(self, request: int) -> bool:
-        """Put a request at the end of the queue; False if it could never run here."""
+    def offer(self, request: int, at_s: float = 0.0) -> bool:
+        """Put a request that came at `at_s` into the queue; False if it could never run here."""
         if self.prompts[request] + self.outputs[request] > self.longest_tokens:
             return False
-        self.waiting.append(request)
+        if self._ranking is None:
+            self.waiting.append(request)
+        else:
+            slo_class = self.classes[request] if self.classes else 0
+            self.rank[request] = self._ranking(self.prompts[request], slo_class, at_s)
+            self._queue(request)
         self.unfinished += 1
         return True
+
+    def _queue(self, request: int) -> None:
+        """Put a request at the place of its rank."""
+        rank = self.rank
+        self.waiting.insert(bisect_right(self.waiting, rank[request], key=rank.__getitem__), request)
+
+    def _first(self, request: int) -> None:
+        """Put a request before all that wait; where classes have priority, before all of its class."""
+        if self._ranking is not None:
+            slo_class = self.rank[request][0] if request in self.rank else 0
+            self.rank[request] = (slo_class, float("-inf"))
+            if self.config.order == "priority":
+                self.waiting.insert(bisect_left(self.waiting, self.rank[request], key=self.rank.__getitem__), request)
+                return
+        self.waiting.appendleft(request)
 
     def fits(self, request: int) -> bool:
         """Whether the request could run here alone."""
@@ -242,12 +300,15 @@ class Scheduler:
         for request in self.landed:
             self.unexpect(request)
             self.waiting.append(request)
-        self.waiting.extend(request for request, _, _ in self.chunks if request != self._partial)
+        self.waiting.extend(request for request, _, _ in self.cohort)
+        if self.cohort:
+            self.cohort, self.partial, self.groups = [], -1, 1
+        self.waiting.extend(request for request, _, _ in self.chunks if request != self.partial)
         self.waiting.extend(self.loading)
         self.loading.clear()
         self.loaded.clear()
         self.landed = []
-        while self._partial >= 0 or self._finish_at:
+        while self.partial >= 0 or self._finish_at:
             self._preempt_last()
         forgotten = list(self.waiting)
         self.waiting.clear()
@@ -270,7 +331,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would not be empty."""
-        return self.running > 0 or self._partial >= 0 or bool(self.waiting) or bool(self.landed)
+        return self.running > 0 or self.partial >= 0 or bool(self.waiting) or bool(self.landed)
 
     @property
     def context(self) -> int:
@@ -284,12 +345,12 @@ class Scheduler:
         self.settled = True
         if self.landed:
             self._join_landed()
-        if self.waiting or self._partial >= 0 or self._padded:
+        if self.waiting or self.partial >= 0 or self._padded:
             if self.loaded:
                 self._loaded_first()
             self._admit(self)
         else:
-            self._grow_decodes()
+            self.grow_decodes()
         return self.decode_runs or bool(self.chunks)
 
     def settled_steps(self) -> int:
@@ -320,7 +381,7 @@ class Scheduler:
         0 where form() has to decide; else the same as form() and settled_steps() in one.
         """
         scarce = self.reserved > self.kv_blocks
-        if self.waiting or self._partial >= 0 or scarce or self._padded or not self.running:
+        if self.waiting or self.partial >= 0 or scarce or self._padded or not self.running:
             return 0
         self.decode_runs = True
         return self.settled_steps()
@@ -355,7 +416,12 @@ class Scheduler:
                         self.reserved -= -(-cached // block)
                         if cache is not None:
                             self._own(-cache.release(request, cached))
-        if chunks:
+        if chunks and self.group + 1 < self.groups:
+            self.prefilled = []
+            self.cohort, self.partial = chunks, chunks[0][0]
+            self.chunks = []
+            self.items = []
+        elif chunks:
             self.prefilled = []
             now = self.steps
             prompts, outputs, generated = self.prompts, self.outputs, self.generated
@@ -366,11 +432,11 @@ class Scheduler:
                     target += generated[request]
                     left -= generated[request]
                 if before + new < target:
-                    self._partial = request
-                    self._partial_done = before + new
+                    self.partial = request
+                    self.partial_done = before + new
                     continue
                 if before:
-                    self._partial = -1
+                    self.partial = -1
                 self.prefilled.append(request)
                 self._apart -= -(-target // block)
                 if cache is not None:
@@ -422,7 +488,7 @@ class Scheduler:
         tokens = self.loaded[request] = self.loading.pop(request)
         assert self.cache is not None
         self._own(self.cache.complete(request, tokens))
-        self.waiting.appendleft(request)
+        self._first(request)
 
     def _loaded_first(self) -> None:
         """Sequences that hold their blocks already go before those that need some."""
@@ -438,12 +504,12 @@ class Scheduler:
     def _preempt_last(self) -> None:
         """Send the sequence admitted last back to the front of the queue, to be recomputed."""
         block = self._block
-        if self._partial >= 0:
-            request, cached = self._partial, self._partial_done
-            self._partial = -1
+        if self.partial >= 0 and not self.cohort and not self._later_class(self.partial):
+            request, cached = self.partial, self.partial_done
+            self.partial = -1
             self._apart -= -(-(self.prompts[request] + self.generated.get(request, 0)) // block)
         else:
-            request, finish = self._finish_at.popitem()  # dictionaries keep the order of admission
+            request, finish = self._victim()
             left = finish - self.steps
             cached = self.prompts[request] + self.outputs[request] - 1 - left
             self.running -= 1
@@ -453,10 +519,39 @@ class Scheduler:
         self.reserved -= -(-(self.prompts[request] + self.outputs[request] - 1) // block)
         if self.cache is not None:
             self._own(-self.cache.release(request, cached))
-        self.waiting.appendleft(request)
+        self._first(request)
         self.preempted.append(request)
 
-    def _grow_decodes(self) -> bool:
+    def _victim(self) -> tuple[int, int]:
+        """The decoding sequence that gives way, and when it would have ended: the one admitted last, of the last class.
+
+        Dictionaries keep the order of admission.
+        """
+        if self.config.order != "priority":
+            return self._finish_at.popitem()
+        classes = self.classes
+        request = max(reversed(self._finish_at), key=lambda r: classes[r] if classes else 0)
+        return request, self._finish_at.pop(request)
+
+    def _later_class(self, request: int) -> bool:
+        """Whether a sequence decodes whose class has less priority than the request's."""
+        classes = self.classes
+        if self.config.order != "priority" or not classes or not self._finish_at:
+            return False
+        return max(classes[r] for r in self._finish_at) > classes[request]
+
+    def make_way(self, request: int) -> bool:
+        """Preempt one sequence of a later class than the request's, where classes have priority; whether one was."""
+        if not self._later_class(request):
+            return False
+        partial, self.partial = self.partial, -1
+        self._preempt_last()
+        self.partial = partial
+        self.decode_runs = self.decode_runs and self.running > 0
+        self.settled = False
+        return True
+
+    def grow_decodes(self) -> bool:
         """Give every decoding sequence room for its next token, preempting while there is none; whether any was."""
         if not self.running:
             self.decode_runs = False
@@ -473,7 +568,7 @@ class Scheduler:
         self.settled = False
         return True
 
-    def _find(self, request: int, target: int) -> int:
+    def find(self, request: int, target: int) -> int:
         """How many of `target` tokens are cached; at least the last one has to be computed."""
         if self.cache is None:
             return 0
@@ -482,7 +577,7 @@ class Scheduler:
         self.cache.make_room(self.free)
         return self.cache.find(request, target - 1)
 
-    def _admit_head(self, request: int, target: int) -> bool:
+    def admit_head(self, request: int, target: int) -> bool:
         """Take the head of the queue with a context of `target` tokens from it, if there are blocks for them.
 
         Sets `_before`, the tokens of it that are cached; -1 where it has to wait until more are loaded.
@@ -508,11 +603,11 @@ class Scheduler:
     def _admit_cached(self, request: int, target: int, cache: PrefixCache) -> bool:
         """The same where prefixes are kept: what is cached needs no blocks of its own."""
         if request in self.loaded:
-            self._before = self.loaded.pop(request)
+            self.before = self.loaded.pop(request)
             self.waiting.popleft()
             return True
         block = self._block
-        self._before = self._find(request, target)
+        self.before = self.find(request, target)
         blocks = -(-target // block) - cache.shared
         reserved = self.reserved - (-(self.prompts[request] + self.outputs[request] - 1) // block) - cache.shared
         if reserved > self.kv_blocks and blocks > self.free:
@@ -527,96 +622,6 @@ class Scheduler:
             tokens = cache.load(request, target)
             if tokens:
                 self.loading[request] = tokens
-                self._before = -1
+                self.before = -1
         cache.make_room(self.free)
         return True
-
-
-def _chunked(s: Scheduler) -> None:
-    """All decodes, the prompt in progress, new prompts, up to the token budget (Sarathi-Serve, arXiv:2403.02310)."""
-    shortage = s._grow_decodes()
-    partial = s._partial
-    if partial < 0 and not s.waiting:
-        return
-    left = s.config.token_budget - s.running
-    if partial >= 0 and left > 0:
-        done = s._partial_done
-        target = s.prompts[partial] + s.generated.get(partial, 0)
-        new = min(target - done, left)
-        s.chunks.append((partial, new, done))
-        s.items.append((new, done))
-        left -= new
-        if done + new < target:
-            return
-        partial = -1
-    if shortage or partial >= 0 or not s.waiting:
-        return
-    room = s.config.max_seqs - s.running - s.expected - len(s.chunks)
-    while s.waiting:
-        if left <= 0 or room <= 0:
-            s.limited.add("tokens" if left <= 0 else "seqs")
-            return
-        head = s.waiting[0]
-        target = s.prompts[head] + (s.generated.get(head, 0) if s.generated else 0)
-        if not s._admit_head(head, target):
-            return
-        before = s._before
-        if before < 0:
-            continue
-        new = target - before
-        if new > left:
-            s.limited.add("tokens")
-            new = left
-        s.chunks.append((head, new, before))
-        s.items.append((new, before))
-        left -= new
-        room -= 1
-
-
-def _whole_prompts(s: Scheduler, left: int) -> None:
-    """Admit whole prompts, first come first served, while tokens, sequences and blocks last."""
-    room = s.config.max_seqs - s.running - s.expected
-    while s.waiting:
-        head = s.waiting[0]
-        target = s.prompts[head] + (s.generated.get(head, 0) if s.generated else 0)
-        if room <= 0 or target - s._find(head, target) > left:
-            s.limited.add("seqs" if room <= 0 else "tokens")
-            return
-        if not s._admit_head(head, target):
-            return
-        before = s._before
-        if before < 0:
-            continue
-        s.chunks.append((head, target - before, before))
-        s.items.append((target - before, before))
-        left -= target - before
-        room -= 1
-
-
-def _prefill_first(s: Scheduler) -> None:
-    """Whole prompts alone in a step as long as one can be admitted, decodes otherwise (vLLM V0)."""
-    s.decode_runs = False
-    _whole_prompts(s, s.config.token_budget)
-    if not s.chunks:
-        s._grow_decodes()
-
-
-def _orca(s: Scheduler) -> None:
-    """Whole prompts in the same step as the decodes (Orca, OSDI 2022)."""
-    if not s._grow_decodes():
-        _whole_prompts(s, s.config.token_budget - s.running)
-
-
-def _static(s: Scheduler) -> None:
-    """A batch is admitted together, reserves its longest context, and runs until its last sequence ends."""
-    s.decode_runs = s.running > 0
-    if not s.decode_runs:
-        _whole_prompts(s, s.config.token_budget)
-
-
-POLICIES: dict[str, Callable[[Scheduler], None]] = {
-    "chunked": _chunked,
-    "prefill-first": _prefill_first,
-    "orca": _orca,
-    "static": _static,
-}

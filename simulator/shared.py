@@ -7,9 +7,8 @@ without their KV moving. While nothing changes, decode steps are taken together,
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from hwmodels.shares import SharedSteps, crowding
@@ -35,28 +34,17 @@ class SharedScheduler(Scheduler):
     flight   chunks of the prefill step under way; flight_items: the same without the requests
     """
 
-    __slots__ = ("_rank", "ageing", "flight", "flight_items")
+    __slots__ = ("ageing", "flight", "flight_items")
 
     def __init__(
         self, config: SchedulerConfig, kv_blocks: int, prompts: list[int], outputs: list[int], ageing: float | None
     ) -> None:
+        if ageing is not None:
+            config = replace(config, order="shortest", ageing_tokens_per_s=ageing)
         super().__init__(config, kv_blocks, prompts, outputs)
         self.ageing = ageing
         self.flight: list[Chunk] = []
         self.flight_items: list[Item] = []
-        self._rank: dict[int, float] = {}
-
-    def place(self, request: int, at_s: float) -> bool:
-        """As offer, at the request's place in the order of the queue."""
-        if not self.offer(request):
-            return False
-        if self.ageing is not None:
-            waiting, rank = self.waiting, self._rank
-            # Prompts that have waited as long from now on keep their order: the rank need not change.
-            rank[request] = self.prompts[request] + self.ageing * at_s
-            waiting.pop()
-            waiting.insert(bisect_right(waiting, rank[request], key=rank.__getitem__), request)
-        return True
 
     def form_prefill(self) -> bool:
         """Decide the next prefill step: prompts in their order, up to the token budget; sets `flight`.
@@ -67,21 +55,22 @@ class SharedScheduler(Scheduler):
             self._loaded_first()
         left, room = self.config.token_budget, self.config.max_seqs - self.running
         chunks: list[Chunk] = []
-        partial = self._partial
+        partial = self.partial
         if partial >= 0:
             room -= 1
-            rest = self._prompt(partial) - self._partial_done
+            rest = self._prompt(partial) - self.partial_done
             if self.ageing is None:
-                chunks.append((partial, min(rest, left), self._partial_done))
+                chunks.append((partial, min(rest, left), self.partial_done))
                 left -= rest
             else:
-                self._admit_prompts(chunks, left, room, whole=True, before=self._rank[partial] - self._partial_done)
+                before = self.rank[partial][1] - self.partial_done
+                self._admit_prompts(chunks, left, room, whole=True, before=before)
                 left -= sum(new for _, new, _ in chunks)
                 if left > 0:
-                    chunks.append((partial, min(rest, left), self._partial_done))
+                    chunks.append((partial, min(rest, left), self.partial_done))
                     left -= rest
             if chunks and chunks[-1][0] == partial:
-                self._partial = -1  # a prompt in flight is not preempted
+                self.partial = -1  # a prompt in flight is not preempted
             room = self.config.max_seqs - self.running - len(chunks)
         if left > 0:
             self._admit_prompts(chunks, left, room)
@@ -99,7 +88,7 @@ class SharedScheduler(Scheduler):
         whole    whether to stop rather than to cut one
         before   rank at which to stop
         """
-        waiting, rank = self.waiting, self._rank
+        waiting, rank = self.waiting, self.rank
         while waiting:
             head = waiting[0]
             target = self._prompt(head)
@@ -109,24 +98,18 @@ class SharedScheduler(Scheduler):
             if room <= 0:
                 self.limited.add("seqs")
                 return
-            if before < inf and rank[head] >= before:
+            if before < inf and rank[head][1] >= before:
                 return
-            if not self._admit_head(head, target):
+            if not self.admit_head(head, target):
                 return
-            if self._before < 0:
+            if self.before < 0:
                 continue
-            rest = target - self._before
+            rest = target - self.before
             if rest > left:
                 self.limited.add("tokens")
-            chunks.append((head, min(rest, left), self._before))
+            chunks.append((head, min(rest, left), self.before))
             left -= rest
             room -= 1
-
-    def load_ended(self, request: int) -> None:
-        """As for any scheduler; it goes before all that wait."""
-        super().load_ended(request)
-        if self.ageing is not None:
-            self._rank[request] = -inf
 
     def land_prefill(self, ahead: bool) -> list[int]:
         """Take the prefill step; the requests that finished with it.
@@ -135,12 +118,12 @@ class SharedScheduler(Scheduler):
         """
         runs = self.decode_runs
         self.chunks, self.items, self.decode_runs = self.flight, self.flight_items, False
-        overtaken = self._partial
+        overtaken = self.partial
         self.steps += ahead
         finished = self.advance(1)
         self.steps -= ahead
         if overtaken >= 0:
-            self._partial = overtaken
+            self.partial = overtaken
         self.decode_runs = runs
         self.flight, self.flight_items = [], []
         return finished
@@ -150,9 +133,7 @@ class SharedScheduler(Scheduler):
         if self.preempted:
             self.preempted = []
         self.settled = True
-        self._grow_decodes()
-        if self.preempted and self.ageing is not None:
-            self._rank.update(dict.fromkeys(self.preempted, -inf))
+        self.grow_decodes()
         if not self.decode_runs:
             return 0
         return self.settled_steps() if self.settled else 1
@@ -204,7 +185,7 @@ class SharedReplica:
         """A request arrives: its prefill can start at once if none is under way, whatever decode does."""
         log, scheduler = self.log, self.scheduler
         log.replica[request] = self.index
-        if not scheduler.place(request, at_s):
+        if not scheduler.offer(request, at_s):
             log.rejected.append(request)
             return
         log.lane[request] = DECODE
@@ -245,7 +226,7 @@ class SharedReplica:
         if self._d_end == inf and scheduler.running:
             begun = self._form_decode()
         prefills = False
-        if self._p_end == inf and not self._blocked and (scheduler.waiting or scheduler._partial >= 0):
+        if self._p_end == inf and not self._blocked and (scheduler.waiting or scheduler.partial >= 0):
             if self._d_end < inf and not begun:
                 self._cut(now)
             prefills = scheduler.form_prefill()

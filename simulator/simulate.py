@@ -74,6 +74,11 @@ def run(
         spec.start(prompts, outputs.copy() if deployment.pooled else outputs, log, index)
         for index, spec in enumerate(deployment.replicas)
     ]
+    if len(requests.class_names) > 1:
+        classes = requests.slo_class.tolist()
+        for replica in replicas:
+            for scheduler in replica.schedulers:
+                scheduler.classes = classes
     if requests.block_hashes is not None:
         equip([scheduler for replica in replicas for scheduler in replica.schedulers], requests.block_hashes)
     env = simpy.Environment()

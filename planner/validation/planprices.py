@@ -17,7 +17,14 @@ from hwmodels.mapping import Mapping as Cut
 from hwmodels.operators import Communication, Operator
 from hwmodels.roofline import AnalyticCost, rank_groups
 from hwmodels.shape import Layer
-from hwmodels.step_model import decode_operators, linear_operators, prefill_operators, shared_operators, stage_layers
+from hwmodels.step_model import (
+    decode_operators,
+    linear_operators,
+    prefill_operators,
+    rank_tokens,
+    shared_operators,
+    stage_layers,
+)
 from planner.catalogue import Catalogue, mapping_of, precision_of
 from planner.errors import PlanError
 from planner.plan import Pool
@@ -138,9 +145,9 @@ def _operators(
         found += shared_operators(model, layers, _one(tokens * mapping.attention_dp), mapping, precision)
         found += attention(layers)
         if stage == mapping.pp - 1:
-            found += ops.language_model_head(model, _one(sampled), mapping.tp)
+            found += ops.language_model_head(model, rank_tokens(_one(sampled), mapping.cp), mapping.tp)
         else:
-            sent = _one(tokens * model.hidden * ops.wire_bytes(precision))
+            sent = _one(tokens / mapping.cp * model.hidden * ops.wire_bytes(precision))
             found.append(Communication("stage transfer", "point-to-point", "pp", sent))
     return found
 

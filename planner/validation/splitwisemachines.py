@@ -84,9 +84,9 @@ class WholePrompts(Scheduler):
         self.pending_tokens = 0
         self._admit = whole_prompts_first
 
-    def offer(self, request: int) -> bool:
+    def offer(self, request: int, at_s: float = 0.0) -> bool:
         """Put a request at the end of the queue; False if it could never run here."""
-        accepted = super().offer(request)
+        accepted = super().offer(request, at_s)
         if accepted:
             self.pending_tokens += self.prompts[request]
         return accepted
@@ -104,7 +104,7 @@ def whole_prompts_first(s: Scheduler) -> None:
     """Prompts up to the token budget, the first of any length; decodes beside them where every one has a token left."""
     assert isinstance(s, WholePrompts)
     budget, room = s.config.token_budget, s.config.max_seqs - s.running - s.expected
-    if s._grow_decodes():
+    if s.grow_decodes():
         return
     patient = s.pauses < MOST_PAUSES or not s.running
     left = budget if patient else budget - s.running
@@ -113,7 +113,7 @@ def whole_prompts_first(s: Scheduler) -> None:
         head = s.waiting[0]
         target = s.prompts[head] + s.generated.get(head, 0)
         alone = patient and not s.chunks
-        if (tokens + target > left and not alone) or not s._admit_head(head, target):
+        if (tokens + target > left and not alone) or not s.admit_head(head, target):
             break
         s.chunks.append((head, target, 0))
         s.items.append((target, 0))

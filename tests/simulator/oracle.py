@@ -21,6 +21,7 @@ Items = list[tuple[int, int]]
 Features = tuple[int, int, Items]
 StepTime = Callable[[int, int, Items], float]
 StageTimes = Callable[[int, int, Items], Sequence[float]]
+GroupStepTime = Callable[[int, int, Items, int, int], float]
 Process = Generator[simpy.Event, Any, None]
 
 
@@ -28,16 +29,22 @@ Process = Generator[simpy.Event, Any, None]
 class OracleConfig:
     """One scheduler; token_budget bounds the tokens of a step, kv_blocks the pool of block_tokens-sized blocks."""
 
-    policy: Literal["chunked", "prefill-first", "orca", "static"]
+    policy: Literal["chunked", "prefill-first", "orca", "static", "layered"]
     max_seqs: int
     token_budget: int
     block_tokens: int
     max_context_tokens: int
     kv_blocks: int
+    chunk_tokens: int | None = None
+    group_tokens: int = 512
+    max_groups: int = 16
+    order: Literal["fcfs", "shortest", "deadline", "priority"] = "fcfs"
+    ageing_tokens_per_s: float = 0.0
+    targets_s: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.policy not in ("chunked", "prefill-first", "orca", "static"):
-            raise ValueError(f"policy(={self.policy!r}) must be chunked, prefill-first, orca or static.")
+        if self.policy not in ("chunked", "prefill-first", "orca", "static", "layered"):
+            raise ValueError(f"policy(={self.policy!r}) must be chunked, prefill-first, orca, static or layered.")
         if self.policy == "chunked" and self.max_seqs > self.token_budget:
             raise ValueError(f"max_seqs(={self.max_seqs}) must be <= token_budget(={self.token_budget}) when chunked.")
 
@@ -56,6 +63,7 @@ class Request:
     admission: int = -1
     lane: int = -1
     preemptions: int = 0
+    rank: float = 0.0  # its place in the queue: lower goes first
     rejected: bool = False
     first_schedule_s: float = nan
     first_token_s: float = nan
@@ -67,6 +75,10 @@ class Request:
         """Tokens to prefill: the prompt, after a preemption also what had been generated."""
         return self.prompt + self.generated
 
+    @property
+    def slo_class(self) -> int:
+        return slo_class(self.prompt, self.output)
+
     def emit(self, now_s: float) -> None:
         self.generated += 1
         if self.generated == 1:
@@ -77,13 +89,23 @@ class Request:
             self.token_s.append(now_s)
 
 
+def slo_class(prompt: int, output: int) -> int:
+    """Classes as good as drawn."""
+    return (7 * prompt + output) % 3
+
+
 @dataclass(slots=True)
 class Batch:
-    """What one step runs; padding rows are finished sequences of a static batch."""
+    """What one step runs; padding rows are finished sequences of a static batch.
+
+    Prompts go through all layers, or through `group` of `groups`.
+    """
 
     decodes: list[Request] = field(default_factory=list)
     padding: list[Request] = field(default_factory=list)
     prefills: list[tuple[Request, int]] = field(default_factory=list)
+    group: int = 0
+    groups: int = 1
 
     def features(self) -> Features:
         """(decode sequences, their context tokens with the new one, (new tokens, context before) per prefill)."""
@@ -119,7 +141,8 @@ class Scheduler:
     def __init__(self, config: OracleConfig, lane: int = 0) -> None:
         self.config = config
         self.lane = lane
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
+        self.cohort: Batch | None = None  # prompts on their way through the groups of layers
         self.partial: Request | None = None
         self.decoding: list[Request] = []
         self.padding: list[Request] = []
@@ -146,8 +169,33 @@ class Scheduler:
             request.rejected = True
             return False
         request.lane = self.lane
+        if self.config.order == "shortest":
+            request.rank = request.prompt + self.config.ageing_tokens_per_s * request.arrival_s
+        elif self.config.order == "deadline":
+            targets = self.config.targets_s
+            request.rank = request.arrival_s + targets[min(request.slo_class, len(targets) - 1)]
+        elif self.config.order == "priority":
+            request.rank = request.arrival_s
         self.waiting.append(request)
         self.unfinished += 1
+        return True
+
+    def importance(self, request: Request) -> int:
+        """Lower goes first, whatever the ranks."""
+        return request.slo_class if self.config.order == "priority" else 0
+
+    def head(self) -> Request:
+        """Who is first in the queue; among equals the one that has waited longest."""
+        return min(self.waiting, key=lambda request: (self.importance(request), request.rank))
+
+    def make_way(self, batch: Batch) -> bool:
+        """Preempt a decoding sequence that is less important than the head of the queue; whether there was one."""
+        later = [request for request in self.decoding if self.importance(request) > self.importance(self.head())]
+        if not later:
+            return False
+        victim = max(later, key=lambda request: (self.importance(request), request.admission))
+        self.preempt(victim)
+        batch.decodes = [request for request in batch.decodes if request is not victim]
         return True
 
     # KV blocks
@@ -164,8 +212,12 @@ class Scheduler:
         request.blocks = 0
 
     def preempt_last(self) -> None:
-        """Send the sequence admitted last back to the front of the queue; it must recompute everything."""
-        victim = self.partial or max(self.decoding, key=lambda request: request.admission)
+        """Send the sequence admitted last, of the least important ones, back to the front of the queue."""
+        running = [*self.decoding, *([self.partial] if self.partial else [])]
+        self.preempt(max(running, key=lambda request: (self.importance(request), request.admission)))
+
+    def preempt(self, victim: Request) -> None:
+        """Its KV is lost; it must recompute everything."""
         if victim is self.partial:
             self.partial = None
         else:
@@ -173,7 +225,8 @@ class Scheduler:
         self.release(victim)
         victim.cached = 0
         victim.preemptions += 1
-        self.waiting.appendleft(victim)
+        victim.rank = -inf
+        self.waiting.insert(0, victim)
 
     def grow(self) -> bool:
         """Give each decoding sequence whose last block is full one more; True if that took a preemption."""
@@ -190,7 +243,8 @@ class Scheduler:
         return preempted
 
     def admit_head(self, now_s: float, blocks: int) -> Request:
-        request = self.waiting.popleft()
+        request = self.head()
+        self.waiting.remove(request)
         request.blocks = blocks
         self.free_blocks -= blocks
         request.admission = self.admissions
@@ -209,12 +263,16 @@ class Scheduler:
             return self.plan_prefill_first(now_s)
         if self.config.policy == "orca":
             return self.plan_orca(now_s)
+        if self.config.policy == "layered":
+            return self.plan_layered(now_s)
         return self.plan_static(now_s)
 
     def plan_chunked(self, now_s: float) -> Batch:
         preempted = self.grow()
         batch = Batch(decodes=list(self.decoding))
         left = self.config.token_budget - len(self.decoding)
+        if self.config.chunk_tokens is not None:
+            left = min(left, self.config.chunk_tokens)
         sequences = len(self.decoding)
         prefill_open = False
         if self.partial:
@@ -224,11 +282,14 @@ class Scheduler:
                 batch.prefills.append((self.partial, chunk))
                 left -= chunk
             prefill_open = self.partial.cached + chunk < self.partial.target
-        while not preempted and not prefill_open and left > 0 and self.waiting and sequences < self.config.max_seqs:
-            target = self.waiting[0].target
+        while not preempted and not prefill_open and left > 0 and self.waiting:
+            target = self.head().target
             blocks = self.blocks_for(target)
-            if blocks > self.free_blocks:
-                break
+            if sequences >= self.config.max_seqs or blocks > self.free_blocks:
+                if not self.make_way(batch):
+                    break
+                sequences -= 1
+                continue
             request = self.admit_head(now_s, blocks)
             sequences += 1
             chunk = min(target, left)
@@ -238,9 +299,10 @@ class Scheduler:
         return batch
 
     def plan_prefill_first(self, now_s: float) -> Batch:
-        prefills = self.admit_whole(now_s, self.config.token_budget)
-        if prefills:
-            return Batch(prefills=prefills)
+        batch = Batch()
+        self.admit_whole(batch, now_s, self.config.token_budget)
+        if batch.prefills:
+            return batch
         self.grow()
         return Batch(decodes=list(self.decoding))
 
@@ -248,26 +310,42 @@ class Scheduler:
         preempted = self.grow()
         batch = Batch(decodes=list(self.decoding))
         if not preempted:
-            batch.prefills = self.admit_whole(now_s, self.config.token_budget - len(self.decoding))
+            self.admit_whole(batch, now_s, self.config.token_budget - len(self.decoding))
+        return batch
+
+    def plan_layered(self, now_s: float) -> Batch:
+        preempted = self.grow()
+        batch = Batch(decodes=list(self.decoding))
+        if self.cohort:
+            batch.prefills, batch.groups = self.cohort.prefills, self.cohort.groups
+            batch.group = self.cohort.group + 1
+        elif not preempted:
+            self.admit_whole(batch, now_s, self.config.token_budget - len(self.decoding))
+            tokens = sum(new for _, new in batch.prefills)
+            batch.groups = min(self.config.max_groups, max(1, ceil(tokens / self.config.group_tokens)))
         return batch
 
     def plan_static(self, now_s: float) -> Batch:
         if self.decoding or self.padding:
             return Batch(decodes=list(self.decoding), padding=list(self.padding))
         reserved = self.blocks_for(self.config.max_context_tokens)
-        return Batch(prefills=self.admit_whole(now_s, self.config.token_budget, reserved))
+        batch = Batch()
+        self.admit_whole(batch, now_s, self.config.token_budget, reserved)
+        return batch
 
-    def admit_whole(self, now_s: float, left: int, reserved: int | None = None) -> list[tuple[Request, int]]:
+    def admit_whole(self, batch: Batch, now_s: float, left: int, reserved: int | None = None) -> None:
         """Admit whole prompts from the head of the queue while sequences, `left` tokens and KV blocks allow it."""
-        prefills: list[tuple[Request, int]] = []
-        while self.waiting and len(self.decoding) + len(prefills) < self.config.max_seqs:
-            target = self.waiting[0].target
+        while self.waiting:
+            target = self.head().target
+            if target > left:
+                return
             blocks = self.blocks_for(target) if reserved is None else reserved
-            if target > left or blocks > self.free_blocks:
-                break
-            prefills.append((self.admit_head(now_s, blocks), target))
+            if len(self.decoding) + len(batch.prefills) >= self.config.max_seqs or blocks > self.free_blocks:
+                if not self.make_way(batch):
+                    return
+                continue
+            batch.prefills.append((self.admit_head(now_s, blocks), target))
             left -= target
-        return prefills
 
     def commit(self, batch: Batch, end_s: float) -> list[Request]:
         """Emit the tokens of a step that ended; returns the requests it finished."""
@@ -276,7 +354,8 @@ class Scheduler:
         for request in batch.decodes:
             request.cached += 1
             request.emit(end_s)
-        for request, new in batch.prefills:
+        self.cohort = batch if batch.prefills and batch.group + 1 < batch.groups else None
+        for request, new in batch.prefills if self.cohort is None else []:
             request.cached += new
             if request.cached < request.target:
                 self.partial = request
@@ -359,7 +438,14 @@ def until(env: simpy.Environment, when_s: float) -> simpy.Event:
     return env.timeout(max(0.0, when_s - env.now))
 
 
-def replica(env: simpy.Environment, scheduler: Scheduler, step_s: StepTime, arrivals: Arrivals, log: Log) -> Process:
+def replica(
+    env: simpy.Environment,
+    scheduler: Scheduler,
+    step_s: StepTime,
+    arrivals: Arrivals,
+    log: Log,
+    group_step_s: GroupStepTime | None = None,
+) -> Process:
     """One replica: a step, its commit, the next step; idle until the next arrival when there is nothing to run."""
     now_s = 0.0
     while True:
@@ -373,7 +459,11 @@ def replica(env: simpy.Environment, scheduler: Scheduler, step_s: StepTime, arri
             now_s = arrivals.next_s()
             yield until(env, now_s)
             continue
-        end_s = now_s + step_s(*batch.features())
+        if batch.groups == 1:
+            end_s = now_s + step_s(*batch.features())
+        else:
+            assert group_step_s is not None
+            end_s = now_s + group_step_s(*batch.features(), batch.group, batch.groups)
         log.add(scheduler, batch, now_s, end_s)
         yield until(env, end_s)
         for _ in scheduler.commit(batch, end_s):
@@ -416,48 +506,57 @@ def lockstep(
 
 def pipeline(
     env: simpy.Environment,
-    lanes: list[Scheduler],
-    stage_s: StageTimes,
+    flights: list[list[Scheduler]],
+    stage_s: Callable[[list[Features]], Sequence[float]],
     transfer_s: Callable[[int], float],
     arrivals: Arrivals,
     log: Log,
 ) -> Process:
-    """Lanes whose steps pass through the same stages, first ready first served.
+    """Flights whose steps pass through the same stages, first ready first served.
 
-    At each instant: steps that end are committed, requests that arrive are routed, then stage 0 takes a batch.
+    The lanes of a flight begin and end every step together; one with nothing to run idles in it. The transfer to the
+    next stage is that of the lane with most tokens. At each instant: steps that end are committed, requests that arrive
+    are routed, then stage 0 takes the batches of a flight.
     """
     now_s = 0.0
     stage_free_s: dict[int, float] = defaultdict(float)
-    ready_s = [0.0 for _ in lanes]
-    in_flight: dict[int, tuple[Batch, float]] = {}
+    ready_s = [0.0 for _ in flights]
+    in_flight: dict[int, tuple[list[Batch], float]] = {}
+    every = [lane for lanes in flights for lane in lanes]
+    flight_of = {lane.lane: i for i, lanes in enumerate(flights) for lane in lanes}
     while True:
-        for i, lane in enumerate(lanes):
+        for i, lanes in enumerate(flights):
             if i in in_flight and in_flight[i][1] <= now_s:
-                batch, end_s = in_flight.pop(i)
-                lane.commit(batch, end_s)
+                batches, end_s = in_flight.pop(i)
+                for lane, batch in zip(lanes, batches, strict=True):
+                    lane.commit(batch, end_s)
                 ready_s[i] = end_s
 
         while arrivals.next_s() <= now_s:
             arrival_s = arrivals.next_s()
-            routed = arrivals.route_one(lanes)
-            if routed is not None and routed.unfinished == 1:
-                ready_s[routed.lane] = arrival_s
+            routed = arrivals.route_one(every)
+            if routed is not None:
+                i = flight_of[routed.lane]
+                if sum(lane.unfinished for lane in flights[i]) == 1:
+                    ready_s[i] = arrival_s
 
-        ready = [i for i, lane in enumerate(lanes) if lane.unfinished and i not in in_flight]
+        ready = [i for i, lanes in enumerate(flights) if i not in in_flight and any(lane.unfinished for lane in lanes)]
         if ready and stage_free_s[0] <= now_s:
             i = min(ready, key=lambda i: (ready_s[i], i))
-            batch = lanes[i].plan(now_s)
-            if batch.is_empty():
-                require_no_work(lanes[i])
-            decodes, context, items = batch.features()
-            transfer = transfer_s(decodes + sum(new for new, _ in items))
+            batches = [lane.plan(now_s) for lane in flights[i]]
+            if all(batch.is_empty() for batch in batches):
+                require_no_work(*flights[i])
+            features = [batch.features() for batch in batches]
+            transfer = max(transfer_s(decodes + sum(new for new, _ in items)) for decodes, _, items in features)
             end_s = now_s
-            for stage, seconds in enumerate(stage_s(decodes, context, items)):
+            for stage, seconds in enumerate(stage_s(features)):
                 begin_s = now_s if stage == 0 else max(end_s + transfer, stage_free_s[stage])
                 end_s = begin_s + seconds
                 stage_free_s[stage] = end_s
-            log.add(lanes[i], batch, now_s, end_s)
-            in_flight[i] = (batch, end_s)
+            for lane, batch in zip(flights[i], batches, strict=True):
+                if not batch.is_empty():
+                    log.add(lane, batch, now_s, end_s)
+            in_flight[i] = (batches, end_s)
             ready.remove(i)
 
         wake_s = min([arrivals.next_s(), *(end_s for _, end_s in in_flight.values())])
@@ -484,12 +583,13 @@ def run_oracle(
     *,
     tokens: bool = False,
     records: bool = False,
+    group_step_s: GroupStepTime | None = None,
 ) -> dict[str, Any]:
     """One replica under an open stream of arrivals (s)."""
     env, log = simpy.Environment(), Log([] if records else None)
     requests = make_requests(arrivals, prompts, outputs, tokens)
     scheduler = Scheduler(config)
-    env.process(replica(env, scheduler, step_s, Arrivals(requests), log))
+    env.process(replica(env, scheduler, step_s, Arrivals(requests), log, group_step_s))
     env.run()
     return result(requests, [scheduler], log, tokens)
 
@@ -503,12 +603,13 @@ def run_oracle_closed_loop(
     *,
     tokens: bool = False,
     records: bool = False,
+    group_step_s: GroupStepTime | None = None,
 ) -> dict[str, Any]:
     """One replica that `concurrency` clients keep busy: a request that finishes or is rejected starts the next."""
     env, log = simpy.Environment(), Log([] if records else None)
     requests = make_requests([0.0] * len(prompts), prompts, outputs, tokens)
     scheduler = Scheduler(config)
-    env.process(replica(env, scheduler, step_s, Arrivals(requests, concurrency), log))
+    env.process(replica(env, scheduler, step_s, Arrivals(requests, concurrency), log, group_step_s))
     env.run()
     return result(requests, [scheduler], log, tokens)
 
@@ -546,11 +647,43 @@ def run_oracle_pipeline(
     records: bool = False,
 ) -> dict[str, Any]:
     """A pipelined replica: kv_blocks are shared out evenly over the lanes, the other limits hold per lane."""
+    return run_oracle_staged_lockstep(
+        config,
+        lanes,
+        1,
+        lambda batches: stage_s(*batches[0]),
+        transfer_s,
+        arrivals,
+        prompts,
+        outputs,
+        tokens=tokens,
+        records=records,
+    )
+
+
+def run_oracle_staged_lockstep(
+    config: OracleConfig,
+    flights: int,
+    groups: int,
+    stage_s: Callable[[list[Features]], Sequence[float]],
+    transfer_s: Callable[[int], float],
+    arrivals: Sequence[float],
+    prompts: Sequence[int],
+    outputs: Sequence[int],
+    *,
+    tokens: bool = False,
+    records: bool = False,
+) -> dict[str, Any]:
+    """A pipelined replica of attention groups: each group's kv_blocks are shared out evenly over the flights.
+
+    Lane = flight * groups + group; stage_s sees the batches of a flight's lanes, (0, 0, []) for one that idles.
+    """
     env, log = simpy.Environment(), Log([] if records else None)
     requests = make_requests(arrivals, prompts, outputs, tokens)
-    share = replace(config, kv_blocks=config.kv_blocks // lanes)
-    schedulers = [Scheduler(share, lane) for lane in range(lanes)]
-    env.process(pipeline(env, schedulers, stage_s, transfer_s, Arrivals(requests), log))
+    share = replace(config, kv_blocks=config.kv_blocks // flights)
+    schedulers = [Scheduler(share, lane) for lane in range(flights * groups)]
+    together = [schedulers[first : first + groups] for first in range(0, len(schedulers), groups)]
+    env.process(pipeline(env, together, stage_s, transfer_s, Arrivals(requests), log))
     env.run()
     return result(requests, schedulers, log, tokens)
 

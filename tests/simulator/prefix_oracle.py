@@ -193,16 +193,14 @@ class CachingScheduler(oracle.Scheduler):
                 break
         return batch
 
-    def admit_whole(self, now_s: float, left: int, reserved: int | None = None) -> list[tuple[oracle.Request, int]]:
-        prefills: list[tuple[oracle.Request, int]] = []
-        while self.waiting and len(self.decoding) + len(prefills) < self.config.max_seqs:
+    def admit_whole(self, batch: oracle.Batch, now_s: float, left: int, reserved: int | None = None) -> None:
+        while self.waiting and len(self.decoding) + len(batch.prefills) < self.config.max_seqs:
             found, blocks = self.hit(self.waiting[0])
             new = self.waiting[0].target - found * self.size
             if new > left or blocks > self.free_blocks:
                 break
-            prefills.append((self.enter(now_s, found), new))
+            batch.prefills.append((self.enter(now_s, found), new))
             left -= new
-        return prefills
 
     def commit(self, batch: oracle.Batch, end_s: float) -> list[oracle.Request]:
         """Sequences that end leave first, in the order of their numbers; then prompts become known to others."""

@@ -87,6 +87,7 @@ def deployments(own: bool = False) -> dict[str, Deployment]:
         "short of KV": Deployment([tight] * 2),
         "stages": Deployment([replica(own=own, mapping=Mapping(pp=2))] * 2),
         "groups": Deployment([replica(own=own, mapping=Mapping(attention_dp=2, ep=2))] * 2),
+        "groups in stages": Deployment([replica(own=own, mapping=Mapping(attention_dp=2, ep=2, pp=2))] * 2),
         "pools": Deployment(pair, ROUTERS["least-tokens"], handover=HANDOVER),
     }
 

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from hwmodels.engine import Engine
 from hwmodels.hardware import load_cluster, load_device
 from hwmodels.huggingface import load_model
+from hwmodels.layergroups import LayerGroups
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.roofline import AnalyticCost
 from hwmodels.step_model import Pieces, StepModel, Tables, compile_step_model
 from simulator.deployment import AnyReplica, Deployment, ReplicaSpec
 from simulator.log import Log
+from simulator.orders import ORDERS
 from simulator.result import Result
 from simulator.routers import ROUTERS
 from simulator.scheduler import SchedulerConfig
@@ -28,26 +30,28 @@ from simulator.workload import Requests, Workload
 MAX_TOKENS, MAX_SEQS = 256, 16
 DEVICE = load_device("h100-sxm")
 ENGINE = Engine("test", "test", {"default": "vllm"}, 1e-3, 1e-5, 0.0, 1.0, 0.0, 0.9, 0.0)
-MAPPINGS = (Mapping(), Mapping(pp=3), Mapping(attention_dp=2, ep=2))
+MAPPINGS = (Mapping(), Mapping(pp=3), Mapping(attention_dp=2, ep=2), Mapping(attention_dp=2, ep=2, pp=2))
+NAMES = ["one", "pipeline", "lockstep", "staged lockstep"]
 POLICIES = ("chunked", "prefill-first", "orca", "static")
 CHECKED = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def tables() -> Tables:
-    """Linear in tokens, in sequences and in what they attend to."""
+def tables(share: float = 1.0) -> Tables:
+    """Linear in tokens, in sequences and in what they attend to; prompts cost a share of it."""
     n, s = np.arange(MAX_TOKENS + 1.0), np.arange(MAX_SEQS + 1.0)
     return Tables(
-        linear=(2e-3 + 1e-5 * n).tolist(),
+        linear=(share * (2e-3 + 1e-5 * n)).tolist(),
         shared=(1e-5 * np.arange(4 * MAX_TOKENS + 1)).tolist(),
         head=(1e-5 * s).tolist(),
         decode=Pieces((), ((1e-5 * (s > 0)).tolist(),), ((1e-7 * s).tolist(),)),
-        prefill=Pieces((), ((1e-6 * n).tolist(),), ((1e-8 * n).tolist(),)),
+        prefill=Pieces((), ((share * 1e-6 * n).tolist(),), ((share * 1e-8 * n).tolist(),)),
     )
 
 
 def spec(mapping: Mapping, config: SchedulerConfig, blocks: int) -> ReplicaSpec:
     transfer = (1e-4 + 1e-7 * np.arange(MAX_TOKENS + 1)).tolist()
-    model = StepModel([tables()] * mapping.pp, transfer, ENGINE, MAX_TOKENS, MAX_SEQS)
+    layers = LayerGroups(["first", "second"], lambda _: tables(0.5), tables(0.0))  # type: ignore[list-item]
+    model = StepModel([tables()] * mapping.pp, transfer, ENGINE, MAX_TOKENS, MAX_SEQS, lambda: layers)
     return ReplicaSpec(model, mapping, config, blocks, DEVICE)
 
 
@@ -72,21 +76,31 @@ def traffic(draw: st.DrawFn, longest: int = 120) -> Requests:
     gap_s = draw(st.sampled_from([0.0, 2e-3, 2e-2, 0.2]))
     arrival_s = np.cumsum(rng.exponential(gap_s, count)) if gap_s else np.zeros(count)
     outputs = rng.integers(1, draw(st.sampled_from([2, 30, longest])) + 1, count)
-    return Requests(arrival_s, rng.integers(1, longest + 1, count), outputs)
+    prompts, classes = rng.integers(1, longest + 1, count), rng.integers(0, 2, count)
+    return Requests(arrival_s, prompts, outputs, classes, ("urgent", "patient"))
 
 
 @st.composite
 def replicas(draw: st.DrawFn, mappings: tuple[Mapping, ...] = MAPPINGS) -> ReplicaSpec:
     """Small token budgets, few blocks, contexts some requests exceed: every limit is met."""
+    mapping = draw(st.sampled_from(mappings))
+    policy = draw(st.sampled_from((*POLICIES, "layered") if mapping == Mapping() else POLICIES))
+    budget = draw(st.sampled_from([40, MAX_TOKENS]))
     config = SchedulerConfig(
-        draw(st.sampled_from(POLICIES)),
+        policy,
         max_seqs=draw(st.sampled_from([1, 3, MAX_SEQS])),
-        token_budget=draw(st.sampled_from([40, MAX_TOKENS])),
+        token_budget=budget,
         block_tokens=draw(st.sampled_from([1, 16])),
         max_context_tokens=draw(st.sampled_from([100, 240])),
+        chunk_tokens=draw(st.sampled_from([None, 7, budget])) if policy == "chunked" else None,
+        group_tokens=draw(st.sampled_from([16, 64])),
+        max_groups=2,
+        order="fcfs" if policy == "static" else draw(st.sampled_from(ORDERS)),
+        ageing_tokens_per_s=draw(st.sampled_from([0.0, 100.0])),
+        targets_s=(0.1, 1.0),
     )
     blocks = draw(st.sampled_from([320, 800, 40_000])) // config.block_tokens
-    return spec(draw(st.sampled_from(mappings)), config, blocks)
+    return spec(mapping, config, blocks)
 
 
 @CHECKED
@@ -207,7 +221,7 @@ def test_tokens_are_conserved(one: ReplicaSpec, requests: Requests) -> None:
 
 
 @pytest.mark.parametrize("policy", ["chunked", "prefill-first", "orca"])
-@pytest.mark.parametrize("mapping", MAPPINGS, ids=["one", "pipeline", "lockstep"])
+@pytest.mark.parametrize("mapping", MAPPINGS, ids=NAMES)
 def test_preempted_requests_finish_with_all_tokens(policy: str, mapping: Mapping) -> None:
     """Contexts that outgrow the blocks: their spans add up to their outputs."""
     count = 12
@@ -225,7 +239,7 @@ def test_preempted_requests_finish_with_all_tokens(policy: str, mapping: Mapping
     np.testing.assert_allclose(resumed, frame.set_index("request").first_token_s[resumed.index])
 
 
-@pytest.mark.parametrize("mapping", MAPPINGS, ids=["one", "pipeline", "lockstep"])
+@pytest.mark.parametrize("mapping", MAPPINGS, ids=NAMES)
 @pytest.mark.parametrize("concurrency", [None, 2])
 def test_what_never_fits_is_rejected_and_holds_up_nobody(mapping: Mapping, concurrency: int | None) -> None:
     """Too long a context, and more KV than there is: counted, with no times."""
@@ -244,7 +258,7 @@ def test_what_never_fits_is_rejected_and_holds_up_nobody(mapping: Mapping, concu
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("mapping", MAPPINGS, ids=["one", "pipeline", "lockstep"])
+@pytest.mark.parametrize("mapping", MAPPINGS, ids=NAMES)
 def test_more_traffic_is_not_served_sooner(policy: str, mapping: Mapping) -> None:
     """The same requests at rising rates: mean TTFT does not fall (1 % of slack for luck with step boundaries)."""
     rng = np.random.default_rng(12)

@@ -41,20 +41,21 @@ class Straight:
     limit_bytes_per_s: float = inf
 
 
-def model(fixed_s: float) -> StepModel:
-    """Steps of fixed_s + TOKEN_S a token."""
+def model(fixed_s: float, stages: int = 1) -> StepModel:
+    """Steps of fixed_s + TOKEN_S a token in every stage."""
     nothing = [0.0] * (MAX_TOKENS + 1)
     linear = [0.0] + [fixed_s + TOKEN_S * tokens for tokens in range(1, MAX_TOKENS + 1)]
     free = Pieces((), (nothing,), (nothing,))
     engine = Engine("none", "test", {"default": "vllm"}, 0.0, 0.0, 0.0, 1.0, 0.0, 0.9, 0.0)
-    return StepModel([Tables(linear, 4 * nothing, nothing, free, free)], nothing, engine, MAX_TOKENS, 64)
+    return StepModel([Tables(linear, 4 * nothing, nothing, free, free)] * stages, nothing, engine, MAX_TOKENS, 64)
 
 
 def spec(
     role: Role, *, max_seqs: int = 32, blocks: int = 100_000, mapping: Mapping | None = None, fixed_s: float = 0.0
 ) -> ReplicaSpec:
     config = SchedulerConfig(max_seqs=max_seqs, token_budget=MAX_TOKENS, block_tokens=BLOCK, max_context_tokens=8192)
-    return ReplicaSpec(model(fixed_s), mapping or Mapping(), config, blocks, DEVICE, role=role)
+    mapping = mapping or Mapping()
+    return ReplicaSpec(model(fixed_s, mapping.pp), mapping, config, blocks, DEVICE, role=role)
 
 
 def handover(bytes_per_s: float = 1e15, mode: Mode = "serialized", **changes: object) -> Handover:
@@ -150,18 +151,21 @@ def checked(result: Result, requests: Requests, bytes_per_s: float) -> None:
     router=st.sampled_from(sorted(ROUTERS)),
     blocks=st.sampled_from([12, 40, 10_000]),
     pp=st.sampled_from([1, 1, 2]),
+    dp=st.sampled_from([1, 1, 2]),
 )
 def test_every_request_is_served_and_every_byte_arrives(
-    seed: int, bytes_per_s: float, mode: Mode, first: str, roles: Sequence[Role], router: str, blocks: int, pp: int
+    seed: int,
+    bytes_per_s: float,
+    mode: Mode,
+    first: str,
+    roles: Sequence[Role],
+    router: str,
+    blocks: int,
+    pp: int,
+    dp: int,
 ) -> None:
-    requests = traffic(seed, 60, 8.0)
-    specs = [spec(role, blocks=blocks, max_seqs=8, mapping=Mapping(pp=pp), fixed_s=0.002) for role in roles]
-    if pp > 1:
-        stages = [model(0.002).stages[0]] * pp
-        for one in specs:
-            object.__setattr__(
-                one, "model", StepModel(stages, [0.0] * (MAX_TOKENS + 1), one.model.engine, MAX_TOKENS, 64)
-            )
+    requests, cut = traffic(seed, 60, 8.0), Mapping(attention_dp=dp, ep=dp, pp=pp)
+    specs = [spec(role, blocks=blocks, max_seqs=8, mapping=cut, fixed_s=0.002) for role in roles]
     deployment = Deployment(specs, ROUTERS[router], handover=handover(bytes_per_s, mode, first_token=first))
     result = simulate(deployment, requests)
     checked(result, requests, bytes_per_s)
@@ -198,14 +202,14 @@ def test_mixed_replicas_take_over_when_prompts_pile_up() -> None:
     gone=st.integers(0, 3),
     mode=st.sampled_from(["serialized", "layer-wise"]),
     first=st.sampled_from(["prefill", "decode"]),
-    dp=st.booleans(),
+    dp=st.sampled_from([1, 2]),
 )
 def test_nothing_is_lost_when_a_replica_fails(
-    seed: int, at_s: float, gone: int, mode: Mode, first: str, dp: bool
+    seed: int, at_s: float, gone: int, mode: Mode, first: str, dp: int
 ) -> None:
     requests = traffic(seed, 60, 8.0)
     roles: tuple[Role, ...] = ("prefill", "prefill", "decode", "decode")
-    specs = [spec(role, fixed_s=0.002, mapping=Mapping(attention_dp=2) if dp else None) for role in roles]
+    specs = [spec(role, fixed_s=0.002, mapping=Mapping(attention_dp=dp, ep=dp)) for role in roles]
     link = handover(300.0, mode, first_token=first)
     result = simulate(Deployment(specs, handover=link, removals=[Removal(at_s, gone)]), requests)
     frame = result.requests
@@ -216,6 +220,22 @@ def test_nothing_is_lost_when_a_replica_fails(
     assert (frame.replica[frame.finish_s > at_s + 1e-9] != gone).all()
     if frame.finish_s.max() <= at_s:
         assert result.totals.requeued == result.totals.lost_kv_blocks == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**16), at_s=st.floats(0.0, 12.0), dp=st.sampled_from([1, 2, 3]))
+def test_nobody_is_lost_when_a_replica_of_several_stages_fails(seed: int, at_s: float, dp: int) -> None:
+    """What has entered its stages leaves them; all else starts anew elsewhere, and no token is given out twice."""
+    requests = traffic(seed, 60, 8.0)
+    specs = [spec("aggregated", fixed_s=0.002, mapping=Mapping(attention_dp=dp, ep=dp, pp=2))] * 2
+    result = simulate(Deployment(specs, removals=[Removal(at_s, 0)]), requests)
+    frame = result.requests
+    assert np.isfinite(frame.finish_s).all()
+    assert result.spans is not None and result.steps is not None
+    moved = result.spans.groupby("request").tokens.sum()
+    assert (frame.set_index("request").output_tokens[moved.index] == moved).all()
+    longest_s = (result.steps.end_s - result.steps.start_s).max()
+    assert (frame.replica[frame.finish_s > at_s + longest_s] == 1).all()
 
 
 def test_an_aggregated_replica_fails_and_the_other_takes_over() -> None:

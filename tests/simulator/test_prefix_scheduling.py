@@ -42,7 +42,7 @@ SIZE = 16
 MAX_TOKENS, MAX_SEQS = 256, 16
 CHECKED = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ENGINE = Engine("test", "test", {"default": "vllm"}, 1e-3, 1e-5, 0.0, 1.0, 0.0, 0.9, 0.0)
-MAPPINGS = (Mapping(), Mapping(pp=2), Mapping(attention_dp=2, ep=2))
+MAPPINGS = (Mapping(), Mapping(pp=2), Mapping(attention_dp=2, ep=2), Mapping(attention_dp=2, ep=2, pp=2))
 
 
 def model(stages: int = 1) -> StepModel:
@@ -190,7 +190,7 @@ def test_nothing_is_lost_and_the_pool_is_never_exceeded(
     def watch(scheduler: Scheduler) -> bool:
         runs = form(scheduler)
         assert scheduler.cache is not None
-        if any(request != scheduler._partial for request, _, _ in scheduler.chunks):  # otherwise evicted in time
+        if any(request != scheduler.partial for request, _, _ in scheduler.chunks):  # otherwise evicted in time
             assert 0 <= scheduler.cache.idle_kv_blocks <= scheduler.free
         return runs
 

@@ -37,6 +37,7 @@ MAPPINGS = {
     "plain": Mapping(),
     "attention groups": Mapping(attention_dp=3, ep=3),
     "pipeline": Mapping(pp=3),
+    "groups in stages": Mapping(attention_dp=2, ep=2, pp=2),
 }
 
 
@@ -163,6 +164,9 @@ def test_rows_are_the_steps_of_the_oracle(case: Any, kind: str) -> None:
         expected = oracle.run_oracle_pipeline(
             checked, mapping.pp, model.stages_s, model.transfer.__getitem__, *given_case, records=True
         )
+    elif kind == "groups in stages":
+        cut, times = (mapping.pp, mapping.attention_dp), (model.lockstep_stages_s, model.transfer.__getitem__)
+        expected = oracle.run_oracle_staged_lockstep(checked, *cut, *times, *given_case, records=True)
     else:
         expected = oracle.run_oracle_lockstep(
             checked, mapping.attention_dp, model.lockstep_s, *given_case, records=True

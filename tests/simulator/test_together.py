@@ -100,45 +100,53 @@ class Together(Lanes):
 
 
 class Pipeline(Lanes):
-    """Lanes that pass through the same stages one after the other."""
+    """Flights of as many lanes as there are attention groups, which pass the same stages one after the other."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
         super().__init__(spec)
-        self.flying: dict[int, tuple[Any, float]] = {}
-        self.ready_s = [0.0] * len(self.lanes)
-        self.free_s = [0.0] * len(self.lanes)
+        self.groups = spec.mapping.attention_dp
+        self.flights = [self.lanes[first : first + self.groups] for first in range(0, len(self.lanes), self.groups)]
+        self.flying: dict[int, tuple[list[Any], float]] = {}
+        self.ready_s = [0.0] * len(self.flights)
+        self.free_s = [0.0] * len(self.flights)
 
     def arrive(self, request: Any) -> bool:
         known = super().arrive(request)
-        if known and self.lanes[request.lane].unfinished == 1:
-            self.ready_s[request.lane] = request.arrival_s
+        if known:
+            flight = request.lane // self.groups
+            if sum(lane.unfinished for lane in self.flights[flight]) == 1:
+                self.ready_s[flight] = request.arrival_s
         return known
 
     def end_steps(self, now_s: float) -> None:
-        for lane, (batch, end_s) in list(self.flying.items()):
+        for flight, (batches, end_s) in list(self.flying.items()):
             if end_s <= now_s:
-                self.lanes[lane].commit(batch, end_s)
-                self.ready_s[lane] = end_s
-                del self.flying[lane]
+                for lane, batch in zip(self.flights[flight], batches, strict=True):
+                    lane.commit(batch, end_s)
+                self.ready_s[flight] = end_s
+                del self.flying[flight]
 
-    def waiting_lanes(self) -> list[int]:
-        return [i for i, lane in enumerate(self.lanes) if lane.unfinished and i not in self.flying]
+    def waiting_flights(self) -> list[int]:
+        works = [any(lane.unfinished for lane in lanes) for lanes in self.flights]
+        return [i for i, some in enumerate(works) if some and i not in self.flying]
 
     def start_steps(self, now_s: float) -> None:
-        ready = self.waiting_lanes()
+        ready = self.waiting_flights()
         if not ready or self.free_s[0] > now_s:
             return
-        lane = min(ready, key=lambda i: (self.ready_s[i], i))
-        batch = self.lanes[lane].plan(now_s)
-        sequences, context, items = batch.features()
-        transfer = self.model.transfer[sequences + sum(new for new, _ in items)]
+        flight = min(ready, key=lambda i: (self.ready_s[i], i))
+        batches = [lane.plan(now_s) for lane in self.flights[flight]]
+        features = [batch.features() for batch in batches]
+        transfer = self.model.transfer[max(count + sum(new for new, _ in items) for count, _, items in features)]
+        alone = self.groups == 1
+        times = self.model.stages_s(*features[0]) if alone else self.model.lockstep_stages_s(features)
         at = now_s - transfer
-        for stage, busy in enumerate(self.model.stages_s(sequences, context, items)):
+        for stage, busy in enumerate(times):
             at = self.free_s[stage] = max(at + transfer, self.free_s[stage]) + busy
-        self.flying[lane] = batch, at
+        self.flying[flight] = batches, at
 
     def next_s(self) -> float:
-        start = self.free_s[0] if self.waiting_lanes() else inf
+        start = self.free_s[0] if self.waiting_flights() else inf
         return min([start, *(end_s for _, end_s in self.flying.values())])
 
 
@@ -196,6 +204,7 @@ KINDS = {
     "plain": Mapping(),
     "attention groups": Mapping(attention_dp=3, ep=3),
     "pipeline": Mapping(pp=2),
+    "groups in stages": Mapping(attention_dp=2, ep=2, pp=2),
 }
 
 

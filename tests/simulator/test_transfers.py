@@ -76,7 +76,7 @@ def test_law_every_receiving_rank_gets_what_it_keeps(
     assert route.bytes_per_token == pytest.approx(copies * model.kv_bytes_per_token("bf16"))
     loads = dict(zip(route.links, route.shares, strict=True))
     into = {device: loads.get(RAILS.way(0, device)[-1], 0.0) for device in target.devices}
-    receivers = {target.device(stage, rank) for stage in range(theirs[1]) for rank in range(theirs[0])}
+    receivers = {device for stage in range(theirs[1]) for part in target.parts(stage) for device in part}
     assert sum(into.values()) == pytest.approx(1.0)
     assert all((share > 0) == (device in receivers) for device, share in into.items())
     layers = -(-len(model.layers) // theirs[1]), len(model.layers) // theirs[1]

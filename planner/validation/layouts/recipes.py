@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from planner.validation.layouts.formats import Formats
 from planner.validation.layouts.names import Model, System
-from simulator.scheduler import Policy
+from simulator.policies import Policy
 
 
 @dataclass(frozen=True, slots=True)

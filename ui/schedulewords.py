@@ -1,0 +1,69 @@
+"""How are the cut and the order of prefill work typed?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar, get_args
+
+from hwmodels.overlap import Overlap
+from planner.schedules import Schedules
+from simulator.errors import SchedulerError
+from simulator.limits import parse_limit
+from simulator.orders import ORDERS
+from ui.questions import MOST_TOKENS, OptionError, numbers
+
+T = TypeVar("T", bound=str)
+
+
+def schedules(
+    chunk_tokens: str | None,
+    group_tokens: str | None,
+    order: str | None,
+    ageing: float | None,
+    deadlines: str | None,
+    overlap: str | None,
+) -> Schedules:
+    """What may be varied of schedules, of lists between commas; what was not typed is left at its default.
+
+    Raises OptionError for words that are none of those known, and orders without what they need.
+
+    >>> schedules("256,none", None, "fcfs,shortest", 100.0, None, None).chunk_tokens
+    (None, 256)
+    """
+    fields: dict[str, Any] = {}
+    if chunk_tokens is not None:
+        words = [word.strip() for word in chunk_tokens.split(",")]
+        sizes = [word for word in words if word != "none"]
+        fields["chunk_tokens"] = (None,) * ("none" in words)
+        if sizes:
+            fields["chunk_tokens"] += numbers("--chunk-tokens", ",".join(sizes), MOST_TOKENS)
+    if group_tokens is not None:
+        fields["group_tokens"] = numbers("--group-tokens", group_tokens, MOST_TOKENS)
+    if order is not None:
+        fields["orders"] = _some_of("--order", order, ORDERS)
+    if ageing is not None:
+        fields["ageing_tokens_per_s"] = ageing
+    if deadlines is not None:
+        fields["deadlines_s"] = tuple(parse_limit("ttft", word.strip()).seconds for word in deadlines.split(","))
+    if overlap is not None:
+        fields["overlaps"] = _some_of("--overlap", overlap, get_args(Overlap))
+    if "deadline" in fields.get("orders", ()) and deadlines is None:
+        raise OptionError(
+            f"--order {order} without --deadlines: expected TTFT aimed at, such as 2s, or 1s,10s by class"
+        )
+    try:
+        return replace(Schedules(), **fields)
+    except SchedulerError as error:
+        raise OptionError(str(error)) from None
+
+
+def _some_of(option: str, text: str, known: Sequence[T]) -> tuple[T, ...]:
+    """Words of `known` between commas."""
+    found = []
+    for word in (part.strip() for part in text.split(",")):
+        match = next((one for one in known if one == word), None)
+        if match is None:
+            raise OptionError(f"{option} {text}: {word!r} found, expected some of {', '.join(known)}")
+        found.append(match)
+    return tuple(dict.fromkeys(found))
