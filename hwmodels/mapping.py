@@ -61,11 +61,21 @@ class Mapping:
     tp             tensor-parallel ranks that share each attention block (and, without ep, each feed-forward block)
     pp             pipeline stages
     attention_dp   groups of tp ranks that each run attention for their own requests and meet in the expert blocks
-    ep             expert-parallel ranks; ep * expert_tp == tp * attention_dp for a mixture of experts
+    ep             expert-parallel ranks; ep * expert_tp == tp * cp * attention_dp for a mixture of experts
     expert_tp      tensor-parallel ranks that share each expert
     stages         layers of each pipeline stage; None for the most even split
+    redundant_experts   expert slots of a layer beyond one for each expert, over all ep ranks (the engines'
+                   --ep-num-redundant-experts): copies that share an expert's tokens. Expert data parallelism of degree
+                   d is (d - 1) x experts of them: every expert d times among the same ranks
+    expert_map     name of what says which expert is in which slot; None: in order, slot j has expert j mod experts.
+                   Slots are numbered rank by rank
+    cp             context-parallel ranks, each of tp ranks, that the tokens of a sequence lie on: they share its
+                   projections, attention and cache; each has all weights but those of experts, in which they meet as
+                   attention groups do
+    cp_kind        how they attend to one another's tokens: ring, tokenring, ulysses or all-gather, see
+                   hwmodels.contextkinds; but for ulysses the cache lies by tokens, and decoding merges partial outputs
 
-    Ranks are numbered tensor-parallel innermost, then attention_dp, then pp, then replicas.
+    Ranks are numbered tensor-parallel innermost, then cp, then attention_dp, then pp, then replicas.
     """
 
     tp: int = 1
@@ -74,8 +84,17 @@ class Mapping:
     ep: int = 1
     expert_tp: int = 1
     stages: tuple[int, ...] | None = None
+    redundant_experts: int = 0
+    expert_map: str | None = None
+    cp: int = 1
+    cp_kind: str = "ring"
 
     @property
     def gpus(self) -> int:
         """Devices of one replica."""
-        return self.tp * self.attention_dp * self.pp
+        return self.tp * self.cp * self.attention_dp * self.pp
+
+    @property
+    def token_groups(self) -> int:
+        """Groups of tp ranks that bring tokens of their own to the experts of a stage."""
+        return self.cp * self.attention_dp

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from hwmodels.contextattention import kind_of
+from hwmodels.contextkinds import cached_share, extra_bytes, require_legal, widths
 from hwmodels.engine import Engine
 from hwmodels.errors import OutOfMemoryError
 from hwmodels.hardware import Device
@@ -61,13 +63,14 @@ def _attention_share(attention: Attention, hidden: int, tp: int) -> float:
 
 
 def _feed_forward_bytes(ff: FeedForward, hidden: int, mapping: Mapping, precision: Precision) -> float:
-    """Feed-forward weights on one rank: experts over ep x expert_tp, routers whole, the rest over tp."""
+    """Feed-forward weights on one rank: expert slots over ep x expert_tp, routers whole, the rest over tp."""
     total, others = feed_forward_parameters(ff, hidden), weight_bytes(precision.weights)
     if not ff.experts:
         return total / mapping.tp * others
     routed = ff.experts * feed_forward_parameters(FeedForward(ff.intermediate, ff.gated, ff.bias), hidden)
     router = ff.experts * hidden
-    experts = routed / (mapping.ep * mapping.expert_tp) * weight_bytes(precision.of_experts.weights)
+    slots = routed * (ff.experts + mapping.redundant_experts) / ff.experts
+    experts = slots / (mapping.ep * mapping.expert_tp) * weight_bytes(precision.of_experts.weights)
     return experts + (router + (total - routed - router) / mapping.tp) * others
 
 
@@ -86,7 +89,7 @@ def stage_weight_bytes(
 
 
 def activation_elements(model: ModelShape, mapping: Mapping) -> float:
-    """Peak elements per token of a step's tensors on one rank: residual, normed input, widest projection."""
+    """Peak elements of a step's tensors on one rank per token it has: residual, normed input, widest projection."""
     widest = 0.0
     for layer in set(model.layers):
         a, ff = layer.attention, layer.feed_forward
@@ -94,7 +97,7 @@ def activation_elements(model: ModelShape, mapping: Mapping) -> float:
         up = 3 * ff.intermediate / mapping.tp
         if ff.experts:
             # Ranks that share an expert keep whole rows of its input, and their part of the rows inside it.
-            rows = mapping.attention_dp * ff.top_k / mapping.ep
+            rows = mapping.token_groups * ff.top_k / mapping.ep
             routed = rows * (model.hidden + 3 * ff.intermediate / mapping.expert_tp)
             up = routed + 3 * ff.shared_intermediate / mapping.tp
         widest = max(widest, qkv, up)
@@ -107,12 +110,15 @@ class Sizes:
 
     stages   bytes of the weights and of one cached token, on one rank of every pipeline stage
     activation_bytes_per_token, logits_bytes_per_sequence   of a step, on one rank
+    context_bytes_per_token   that attention over several ranks keeps of others' tokens for each of a context, in the
+                              layer that needs most
     """
 
     stages: tuple[tuple[float, float], ...]
     activation_bytes_per_token: float
     logits_bytes_per_sequence: float
     pp: int
+    context_bytes_per_token: float = 0.0
 
 
 def replica_sizes(model: ModelShape, mapping: Mapping, precision: Precision) -> Sizes:
@@ -120,26 +126,63 @@ def replica_sizes(model: ModelShape, mapping: Mapping, precision: Precision) -> 
     stages = [
         (
             stage_weight_bytes(model, layers, mapping, precision, first=stage == 0, last=stage == mapping.pp - 1),
-            kv_bytes_per_rank(layers, mapping.tp, precision),
+            cached_bytes_per_rank(layers, mapping, precision),
         )
         for stage, layers in enumerate(stage_layers(model, mapping))
     ]
+    fresh, context = (0.0, 0.0) if mapping.cp == 1 else context_buffers(model, mapping, precision)
     return Sizes(
         tuple(stages),
-        activation_elements(model, mapping) * wire_bytes(precision),
-        model.vocab / mapping.tp * 4.0,
+        activation_elements(model, mapping) * wire_bytes(precision) / mapping.cp + fresh,
+        model.vocab / mapping.tp * 4.0 / mapping.cp,
         mapping.pp,
+        context,
     )
 
 
+def cached_bytes_per_rank(layers: Sequence[Layer], mapping: Mapping, precision: Precision) -> float:
+    """Bytes that one rank keeps of one cached token in the layers, on average where cp ranks share the cache."""
+    if mapping.cp == 1:
+        return kv_bytes_per_rank(layers, mapping.tp, precision)
+    kind, cp, tp = kind_of(mapping), mapping.cp, mapping.tp
+    return sum(
+        cached_share(kind, layer.attention, cp, tp) * kv_bytes_per_rank([layer], tp, precision) for layer in layers
+    )
+
+
+def context_buffers(model: ModelShape, mapping: Mapping, precision: Precision) -> tuple[float, float]:
+    """Bytes of buffers on one rank, in the layers that need most: for every new token of a chunk, and of its context.
+
+    Raises MappingError for degrees that the kind of context parallelism cannot have.
+    """
+    kind, cp, tp = kind_of(mapping), mapping.cp, mapping.tp
+    fresh = context = 0.0
+    for attention in {layer.attention for layer in model.layers}:
+        require_legal(kind, attention, cp, tp)
+        w = widths(attention, cp, tp, precision)
+        fresh = max(fresh, float(extra_bytes(kind, w, cp, 1.0, 0.0)))
+        if attention.window_tokens is None:  # a window needs little of a long context
+            context = max(context, float(extra_bytes(kind, w, cp, 0.0, 1.0)))
+    return fresh, context
+
+
 def plan_memory(
-    sizes: Sizes, device: Device, engine: Engine, *, token_budget: int, max_seqs: int, block_tokens: int
+    sizes: Sizes,
+    device: Device,
+    engine: Engine,
+    *,
+    token_budget: int,
+    max_seqs: int,
+    block_tokens: int,
+    max_context_tokens: int = 0,
 ) -> Memory:
     """Memory of the stage that leaves least room for KV; kv_blocks is 0 or below when the model does not fit.
 
-    With pipeline stages every scheduler gets an equal share of the blocks.
+    With pipeline stages every scheduler gets an equal share of the blocks. Ranks that share a sequence's tokens attend
+    to one sequence at a time, the longest of `max_context_tokens`.
     """
     activations = token_budget * sizes.activation_bytes_per_token + max_seqs * sizes.logits_bytes_per_sequence
+    activations += max_context_tokens * sizes.context_bytes_per_token
     usable = device.memory_bytes * engine.memory_fraction - engine.reserve_bytes - activations
 
     def blocks(stage: tuple[float, float]) -> int:

@@ -5,7 +5,9 @@ Every token count may be a numpy array: one operator then stands for the same op
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import exp, lgamma
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,8 @@ from hwmodels.mapping import DTYPE_BYTES, Mapping, Precision, weight_bytes
 from hwmodels.shape import Attention, FeedForward, ModelShape
 
 Array = NDArray[np.float64]
+#: How ranks attend to tokens that lie on others, see hwmodels.contextkinds.
+Kind = Literal["ring", "tokenring", "ulysses", "all-gather"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,6 +150,7 @@ class Experts:
     rows, active   routed rows and touched experts of the busiest rank, expected
     hidden, intermediate, experts, top_k   of the whole block
     tp, ep         ranks that share each expert, and groups the experts are spread over
+    redundant      slots that copies of experts take, over all groups
     """
 
     name: str
@@ -161,6 +166,7 @@ class Experts:
     gated: bool
     precision: Precision
     count: int = 1
+    redundant: int = 0
 
     @property
     def parts(self) -> tuple[Elementwise | GroupedGemm, ...]:
@@ -190,7 +196,117 @@ class Experts:
         return total
 
 
-Operator = Gemm | GroupedGemm | AttentionCore | Elementwise | Communication | Experts
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertExchange:
+    """Tokens of every rank go to the ranks of their chosen experts, or the experts' results come back.
+
+    phase       'dispatch' or 'combine'
+    tokens      that each rank brings
+    hidden, experts, top_k   of the expert block
+    ep          groups that the experts are spread over
+    formats     on the wire: of tokens dispatched, and of results
+    max_nodes   nodes that the experts of a token may lie on, None for any
+    shares      [layers, ep] of the choices that fall on each group, layer by layer; None for even ones
+    beside      arithmetic that waits for neither, which an engine may run meanwhile
+    """
+
+    name: str
+    phase: str
+    tokens: Array
+    hidden: int
+    experts: int
+    top_k: int
+    ep: int
+    formats: tuple[str, str]
+    max_nodes: int | None = None
+    shares: Array | None = None
+    beside: tuple[Gemm | Elementwise, ...] = ()
+    count: int = 1
+
+    @property
+    def flops(self) -> Array:
+        """Sums of results are counted as communication."""
+        return np.zeros_like(self.tokens)
+
+    @property
+    def bytes(self) -> Array:
+        """A copy for each chosen expert, or for each group where these are fewer; scales are left out."""
+        dtype = self.formats[self.phase == "combine"]
+        sent: Array = self.tokens * min(self.top_k, self.ep) * self.hidden * DTYPE_BYTES[dtype]
+        return sent
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ContextAttention:
+    """Attention of a layer whose tokens lie on cp ranks, what these send one another included.
+
+    phase     'prefill' or 'decode'
+    kind      of context parallelism, a key of hwmodels.contextkinds
+    tokens    new tokens of a chunk or decoding sequences, of all cp ranks together
+    context   tokens cached before the chunk, or tokens that all the sequences attend to in total
+    """
+
+    name: str
+    phase: str
+    kind: Kind
+    attention: Attention
+    cp: int
+    tp: int
+    tokens: Array
+    context: Array
+    precision: Precision
+    count: int = 1
+
+    @property
+    def parts(self) -> list[Operator]:
+        """Kernels of an average rank; launches within one layer are their counts.
+
+        Ring and TokenRing run one for every rank's keys or queries. Latents are expanded by every rank that reads them.
+        """
+        a, cp, p = self.attention, self.cp, self.precision
+        tokens, context = np.broadcast_arrays(self.tokens, self.context)
+        if self.phase == "decode" and self.kind == "ulysses":
+            return decode_attention(a, tokens, context, self.tp * cp, p, 1)
+        if self.phase == "decode":
+            # The window limits whole contexts, not a rank's share of them.
+            seen = context if a.window_tokens is None else np.minimum(context, tokens * a.window_tokens)
+            return shared_decode_attention(a, tokens, seen / cp, cp, self.tp, p)
+        heads, kv_heads = a.heads // self.tp, kv_heads_per_rank(a, self.tp)
+        pairs = attended_pairs(tokens, context, a.window_tokens) / cp
+        read = context if a.window_tokens is None else np.minimum(context, a.window_tokens)
+        queries, launches = tokens / cp, 1
+        if self.kind == "ulysses":
+            queries, heads, kv_heads, pairs = tokens, heads // cp, max(1, kv_heads // cp), pairs * cp
+        elif self.kind == "all-gather":
+            read = read + tokens - queries
+        else:
+            read, pairs, launches = read / cp, pairs / cp, cp
+        core = AttentionCore(
+            self.name, "prefill", queries, pairs, read, heads, heads if a.latent is not None else kv_heads, a.head_dim,
+            a.value_dim, False, p, launches, a.window_tokens,
+        )  # fmt: skip
+        if a.latent is None:
+            return [core]
+        width = heads * (a.head_dim - a.latent.rope_dim + a.value_dim)
+        up = Gemm("latent up projection", read + queries, width, a.latent.kv_rank, p, launches)
+        return [*scaled([up]), core]
+
+    @property
+    def flops(self) -> Array:
+        """Of an average rank."""
+        total: Array = sum((part.count * part.flops for part in self.parts), np.zeros_like(self.tokens + self.context))
+        return total
+
+    @property
+    def bytes(self) -> Array:
+        """Of an average rank's kernels; what is sent is not counted."""
+        total: Array = sum((part.count * part.bytes for part in self.parts), np.zeros_like(self.tokens + self.context))
+        return total
+
+
+Operator = (
+    Gemm | GroupedGemm | AttentionCore | Elementwise | Communication | Experts | ExpertExchange | ContextAttention
+)
 
 
 def wire_bytes(p: Precision) -> float:
@@ -275,6 +391,17 @@ def decode_attention(
     ]
 
 
+def shared_decode_attention(
+    attention: Attention, sequences: Array, context: Array, cp: int, tp: int, p: Precision
+) -> list[Operator]:
+    """decode_attention on one of cp ranks that attends all `sequences` to its part, `context` tokens, of their caches.
+
+    `context` has the window taken into account. Latent queries and values are made by the rank that owns the sequence.
+    """
+    found = decode_attention(attention, sequences, context, tp, p, 1)
+    return [replace(op, m=op.m / cp) if isinstance(op, Gemm) else op for op in found]
+
+
 def attended_pairs(new: Array, before: Array, window_tokens: int | None) -> Array:
     """Query-key pairs of `new` tokens behind `before` cached ones under a causal mask, each seeing its window.
 
@@ -346,6 +473,26 @@ def expected_active_experts(experts_here: float, rows: Array, experts: int, top_
     return active
 
 
+def expected_active_slots(slots: int, rows: Array, experts: int, top_k: int, total_tokens: Array, ranks: int) -> Array:
+    """Expected slots of the average of `ranks` ranks with a token, `slots` of a layer in all, routing uniform.
+
+    Every expert has c = slots // experts copies or, slots % experts of them, one more. Each copy takes as many of its
+    expert's tokens, so that it gets none of T with probability (1 - top_k / (experts c))^T:
+
+        sum over experts of  c x (1 - (1 - top_k / (experts c))^T) / ranks
+
+    as expected_active_experts where there are no more slots than experts. Copies are taken to sit so that ranks are
+    even on average, which balancers see to.
+    """
+    least, more = divmod(slots, experts)
+    touched = np.zeros_like(rows)
+    for copies, count in ((least, experts - more), (least + 1, more)):
+        here = count * copies / ranks
+        touched = touched + expected_active_experts(here, rows, experts * copies, top_k, total_tokens)
+    active: Array = np.minimum(touched, np.maximum(rows, 0))
+    return active
+
+
 def busiest_rank_rows(rows: Array, ranks: int) -> Array:
     """Expected rows of the busiest of `ranks` ranks when `rows` fall on each on average, routing uniform.
 
@@ -372,50 +519,73 @@ def busiest_rank_experts(touched: Array, experts_here: float, ranks: int) -> Arr
     return busiest
 
 
+def groups_of_token(experts: int, top_k: int, groups: int) -> float:
+    """Expected number of `groups`, as many of the `experts` in each, that hold any of top_k experts drawn evenly.
+
+    >>> round(groups_of_token(experts=6, top_k=2, groups=2), 9)  # the second is beside the first in two of five draws
+    1.6
+    """
+    others = experts - experts / groups
+    if others < top_k:
+        return groups
+    none = lgamma(others + 1) - lgamma(others - top_k + 1) - lgamma(experts + 1) + lgamma(experts - top_k + 1)
+    return groups * (1 - exp(none))
+
+
 def expert_feed_forward(
     model: ModelShape, ff: FeedForward, tokens: Array, total_tokens: Array, mapping: Mapping, p: Precision, count: int
 ) -> list[Operator]:
     """A mixture-of-experts block: route, dispatch, expert products, combine.
 
-    tokens         tokens of this rank's attention group
-    total_tokens   tokens of all attention_dp groups, which meet in the experts
+    tokens         tokens of this rank's attention group, of a cp rank its own
+    total_tokens   tokens of all attention_dp groups and their cp ranks, which meet in the experts
     """
     hidden, element = model.hidden, wire_bytes(p)
     rows = busiest_rank_rows(total_tokens * ff.top_k / mapping.ep, mapping.ep)
-    touched = expected_active_experts(ff.experts / mapping.ep, rows, ff.experts, ff.top_k, total_tokens)
-    active = np.minimum(busiest_rank_experts(touched, ff.experts / mapping.ep, mapping.ep), rows)
+    slots = ff.experts + mapping.redundant_experts
+    touched = expected_active_slots(slots, rows, ff.experts, ff.top_k, total_tokens, mapping.ep)
+    active = np.minimum(busiest_rank_experts(touched, slots / mapping.ep, mapping.ep), rows)
     experts = Experts(
         "routed experts", total_tokens, rows, active, hidden, ff.intermediate, ff.experts, ff.top_k,
-        mapping.expert_tp, mapping.ep, ff.gated, p.of_experts, count,
+        mapping.expert_tp, mapping.ep, ff.gated, p.of_experts, count, mapping.redundant_experts,
     )  # fmt: skip
     ops: list[Operator] = [
         Elementwise("feed-forward norm", 4.0 * tokens * hidden * element, count),
         Gemm("router", tokens, ff.experts, hidden, Precision("bf16", "bf16", p.kv), count),
         Elementwise("top-k", 6.0 * tokens * ff.experts, count),
-        experts,
     ]
+    shared: tuple[Gemm | Elementwise, ...] = ()
     if ff.shared_intermediate:
-        shared = int(np.ceil(ff.shared_intermediate / mapping.tp))
-        ops.append(Gemm("shared expert up projection", tokens, shared * (2 if ff.gated else 1), hidden, p, count))
-        ops.append(Elementwise("shared expert activation", 3.0 * tokens * shared * element, count))
-        ops.append(Gemm("shared expert down projection", tokens, hidden, shared, p, count))
-    if mapping.attention_dp > 1:
-        # Each rank keeps 1/tp of its group's tokens and sends every one to the ranks of its chosen experts
-        # (at most ep of them), then gets the partial sums back in bf16.
-        sent = tokens / mapping.tp * min(ff.top_k, mapping.ep) * hidden
-        ops.append(
-            Communication("expert dispatch", "all-to-all", "ep", sent * DTYPE_BYTES[p.of_experts.activations], count)
+        width = int(np.ceil(ff.shared_intermediate / mapping.tp))
+        shared = (
+            Gemm("shared expert up projection", tokens, width * (2 if ff.gated else 1), hidden, p, count),
+            Elementwise("shared expert activation", 3.0 * tokens * width * element, count),
+            Gemm("shared expert down projection", tokens, hidden, width, p, count),
         )
-        ops.append(Communication("expert combine", "all-to-all", "ep", sent * 2.0, count))
-        if mapping.expert_tp > 1:
-            gathered = rows * hidden
-            for name, kind, size in (("expert all-gather", "all-gather", element),
-                                     ("expert reduce-scatter", "reduce-scatter", 2.0)):  # fmt: skip
-                ops.append(Communication(name, kind, "expert_tp", gathered * size, count, experts))
-        if mapping.tp > 1:
-            ops.append(Communication("token all-gather", "all-gather", "tp", tokens * hidden * element, count))
-    elif mapping.gpus // mapping.pp > 1:
-        ops.append(Communication("expert all-reduce", "all-reduce", "tp", tokens * hidden * element, count))
+    if mapping.token_groups == 1:
+        ops += [experts, *shared]
+        if mapping.gpus // mapping.pp > 1:
+            ops.append(Communication("expert all-reduce", "all-reduce", "tp", tokens * hidden * element, count))
+        return scaled(ops)
+    # Each rank keeps 1/tp of its group's tokens and gets the sums back in bf16.
+    formats = (p.of_experts.activations, "bf16")
+    dispatch, combine = (
+        ExpertExchange(f"expert {phase}", phase, tokens / mapping.tp, hidden, ff.experts, ff.top_k, mapping.ep, formats,
+                       ff.max_nodes, beside=beside, count=count)
+        for phase, beside in (("dispatch", shared), ("combine", ()))
+    )  # fmt: skip
+    gathered = rows / ff.top_k * groups_of_token(ff.experts, ff.top_k, mapping.ep) * hidden
+    ops += [dispatch, *shared]
+    if mapping.expert_tp > 1:
+        size = gathered * element
+        ops.append(Communication("expert all-gather", "all-gather", "expert_tp", size, count, experts))
+    ops.append(experts)
+    if mapping.expert_tp > 1:
+        size = gathered * 2.0
+        ops.append(Communication("expert reduce-scatter", "reduce-scatter", "expert_tp", size, count, experts))
+    ops.append(combine)
+    if mapping.tp > 1:
+        ops.append(Communication("token all-gather", "all-gather", "tp", tokens * hidden * element, count))
     return scaled(ops)
 
 

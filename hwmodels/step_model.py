@@ -12,10 +12,13 @@ from typing import Protocol
 import numpy as np
 
 from hwmodels import operators as ops
+from hwmodels.contextattention import context_operators
 from hwmodels.engine import Engine
 from hwmodels.errors import MappingError
+from hwmodels.layergroups import LayerGroups
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.operators import Array, Operator
+from hwmodels.overlap import Overlap, overlapped_s
 from hwmodels.shape import Layer, ModelShape
 
 #: Share by which a piece of a table may miss what it skips, and the last row that decides where pieces end.
@@ -103,9 +106,22 @@ def stage_layers(model: ModelShape, mapping: Mapping) -> list[tuple[Layer, ...]]
 
 
 def linear_operators(
-    model: ModelShape, layers: Sequence[Layer], tokens: Array, mapping: Mapping, precision: Precision, *, first: bool
+    model: ModelShape,
+    layers: Sequence[Layer],
+    tokens: Array,
+    mapping: Mapping,
+    precision: Precision,
+    *,
+    first: bool,
+    even: bool = False,
 ) -> list[Operator]:
-    """Operators whose size depends on the step's tokens alone, but for the experts shared by several groups."""
+    """Operators whose size depends on the step's tokens alone, but for the experts shared by several groups.
+
+    even   cp ranks have equal parts of the tokens; otherwise whole tokens, and the rank with most is meant
+    """
+    everyone = tokens
+    if mapping.cp > 1:
+        tokens = rank_tokens(tokens, mapping.cp, even)
     found: list[Operator] = ops.embedding(model, tokens, mapping.tp, precision) if first else []
     for layer, count in Counter(layers).items():
         found += ops.attention_linear(model, layer.attention, tokens, mapping, precision, count)
@@ -113,8 +129,18 @@ def linear_operators(
         if not ff.experts:
             found += ops.dense_feed_forward(model, ff, tokens, mapping.tp, precision, count)
         elif mapping.attention_dp == 1:
-            found += ops.expert_feed_forward(model, ff, tokens, tokens, mapping, precision, count)
+            found += ops.expert_feed_forward(model, ff, tokens, everyone, mapping, precision, count)
     return found
+
+
+def rank_tokens(tokens: Array, cp: int, even: bool = False) -> Array:
+    """Tokens of one of cp ranks: equal parts of `tokens`, or the most that a rank has where they are whole.
+
+    >>> float(rank_tokens(np.array(9.0), 4)), float(rank_tokens(np.array(9.0), 4, even=True))
+    (3.0, 2.25)
+    """
+    part: Array = tokens / cp
+    return part if even else np.ceil(part)
 
 
 def shared_operators(
@@ -128,7 +154,7 @@ def shared_operators(
                 found += ops.expert_feed_forward(
                     model,
                     layer.feed_forward,
-                    total_tokens / mapping.attention_dp,
+                    total_tokens / mapping.token_groups,
                     total_tokens,
                     mapping,
                     precision,
@@ -143,6 +169,9 @@ def decode_operators(
     """Attention of a stage over the caches of decoding sequences."""
     found: list[Operator] = []
     for attention, count in Counter(layer.attention for layer in layers).items():
+        if mapping.cp > 1:
+            found += context_operators("decode", attention, sequences, context, mapping, precision, count)
+            continue
         found += ops.decode_attention(attention, sequences, context, mapping.tp, precision, count)
     return found
 
@@ -153,6 +182,9 @@ def prefill_operators(
     """Attention of a stage inside a prompt chunk."""
     found: list[Operator] = []
     for attention, count in Counter(layer.attention for layer in layers).items():
+        if mapping.cp > 1:
+            found += context_operators("prefill", attention, new, before, mapping, precision, count)
+            continue
         found += ops.prefill_attention(attention, new, before, mapping.tp, precision, count)
     return found
 
@@ -223,8 +255,14 @@ def tabulate(
     max_seqs: int,
     first: bool,
     last: bool,
+    layers_s: Callable[[Sequence[Layer], Array], Array] | None = None,
+    even: bool = False,
 ) -> Tables:
-    """Sum of `measure` over a stage's operators, for every batch up to the limits."""
+    """Sum of `measure` over a stage's operators, for every batch up to the limits.
+
+    layers_s   instead of the sum, what layers take that depends on the tokens of each attention group alone
+    even       see linear_operators
+    """
 
     def total(found: list[Operator], shape: tuple[int, ...]) -> Array:
         result: Array = np.zeros(shape)
@@ -233,10 +271,18 @@ def tabulate(
         return result
 
     tokens, sequences, chunks = token_grid(max_tokens), token_grid(max_seqs), token_grid(max_tokens)
-    linear = total(linear_operators(model, layers, tokens, mapping, precision, first=first), tokens.shape)
+    linear = total(linear_operators(model, layers, tokens, mapping, precision, first=first, even=even), tokens.shape)
     everyone = token_grid(max_tokens * mapping.attention_dp)
     shared = total(shared_operators(model, layers, everyone, mapping, precision), everyone.shape)
-    head = total(ops.language_model_head(model, sequences, mapping.tp) if last else [], sequences.shape)
+    if layers_s is not None and mapping.attention_dp == 1:
+        embedding = linear_operators(model, (), tokens, mapping, precision, first=first)
+        linear = total(embedding, tokens.shape) + layers_s(layers, tokens)
+    elif layers_s is not None:
+        each = everyone / mapping.attention_dp
+        own = total(linear_operators(model, layers, each, mapping, precision, first=False), each.shape)
+        shared = np.maximum(layers_s(layers, each) - own, 0.0)
+    sampled = sequences if mapping.cp == 1 else rank_tokens(sequences, mapping.cp, even)
+    head = total(ops.language_model_head(model, sampled, mapping.tp) if last else [], sequences.shape)
 
     windows = {layer.attention.window_tokens for layer in layers} - {None}
     reach = max(float(model.max_context_tokens), 2.0)
@@ -267,9 +313,21 @@ class StepModel:
 
     stages        tables of each pipeline stage
     transfer      seconds to pass the activations of n tokens on to the next stage, by n
+    layer_groups  makes what prompts add in some of the layers, when first asked for; None where none are to be passed
+                  in groups
     """
 
-    __slots__ = ("_run_base", "_run_slope", "engine", "max_seqs", "max_tokens", "stages", "transfer")
+    __slots__ = (
+        "_groups",
+        "_layer_groups",
+        "_run_base",
+        "_run_slope",
+        "engine",
+        "max_seqs",
+        "max_tokens",
+        "stages",
+        "transfer",
+    )
 
     def __init__(
         self,
@@ -278,7 +336,10 @@ class StepModel:
         engine: Engine,
         max_tokens: int,
         max_seqs: int,
+        layer_groups: Callable[[], LayerGroups] | None = None,
     ) -> None:
+        self._layer_groups = layer_groups
+        self._groups: LayerGroups | None = None
         self.stages = tuple(stages)
         self.transfer = transfer
         self.engine = engine
@@ -323,6 +384,20 @@ class StepModel:
             value += decode.base[piece][sequences] + decode.slope[piece][sequences] * mean
         return value + tables.linear[tokens] + tables.head[sampled] + sampled * engine.sequence_overhead_s
 
+    def group_step_s(self, sequences: int, context: int, items: Sequence[Item], group: int, groups: int) -> float:
+        """As step_s, with prompts that pass one of the groups of layers; what follows them is sampled in the last.
+
+        Raises MappingError for a replica whose layers cannot be passed in groups.
+        """
+        if self._groups is None:
+            if self._layer_groups is None:
+                raise MappingError("layers in groups: expected a replica of one stage and one attention group")
+            self._groups = self._layer_groups()
+        tables, batch = self.stages[0], (sequences, context, items)
+        sampled = sequences + (len(items) if group == groups - 1 else 0)
+        value = tables.group((sequences, context, ()))[0] - tables.head[sequences] + tables.head[sampled]
+        return value + self._groups.added_s(batch, group, groups) + self.overhead_s(sampled, True)
+
     def decode_run(self, sequences: int, context: int) -> tuple[float, float, float]:
         """(first_s, slope_s, steps): the j-th decode-only step from here takes first_s + j * slope_s for j < steps.
 
@@ -339,16 +414,12 @@ class StepModel:
         slope = self._run_slope[piece][sequences]
         return self._run_base[piece][sequences] + slope * context, slope * sequences, steps
 
-    def group_run(self, sequences: int, context: int) -> tuple[float, float, float]:
-        """As decode_run, for one of several attention groups: without what the groups share and the host's work."""
-        return _group_run(self.stages[0], sequences, context)
-
     def stages_run(self, sequences: int, context: int) -> tuple[list[tuple[float, float]], float]:
         """By stage (first_s, slope_s), and for how many steps: as decode_run for a pipeline."""
         runs = []
         most = np.inf
         for tables in self.stages:
-            first, slope, steps = _group_run(tables, sequences, context)
+            first, slope, steps = group_run(tables, sequences, context)
             runs.append((first, slope))
             most = min(most, steps)
         runs[0] = (runs[0][0] + self.overhead_s(sequences, False), runs[0][1])
@@ -362,23 +433,32 @@ class StepModel:
         return times
 
     def lockstep_s(self, batches: Sequence[Batch]) -> float:
-        """Seconds of a step that attention groups take together: the slowest group, then the experts they share."""
-        tables = self.stages[0]
-        slowest = 0.0
-        total = 0
-        sampled = 0
-        prompts = False
-        for batch in batches:
-            value, tokens = tables.group(batch)
-            slowest = max(slowest, value)
-            total += tokens
-            sampled = max(sampled, batch[0] + len(batch[2]))
-            prompts = prompts or bool(batch[2])
-        return slowest + tables.shared[total] + self.overhead_s(sampled, prompts)
+        """Seconds of a step that attention groups take together, in a replica of one stage."""
+        return self.lockstep_stages_s(batches)[0]
+
+    def lockstep_stages_s(self, batches: Sequence[Batch]) -> list[float]:
+        """Seconds in each stage of a step that attention groups take together, one batch for each group.
+
+        In every stage the slowest group, then the experts they share; the engine's own work as in stages_s.
+        """
+        times = []
+        for tables in self.stages:
+            slowest, total = 0.0, 0
+            for batch in batches:
+                value, tokens = tables.group(batch)
+                slowest = max(slowest, value)
+                total += tokens
+            times.append(slowest + tables.shared[total])
+        sampled = max(sequences + len(items) for sequences, _, items in batches)
+        times[0] += self.overhead_s(sampled, any(items for _, _, items in batches))
+        return times
 
 
-def _group_run(tables: Tables, sequences: int, context: int) -> tuple[float, float, float]:
-    """(first_s, slope_s, steps) of decode steps of one attention group in one stage."""
+def group_run(tables: Tables, sequences: int, context: int) -> tuple[float, float, float]:
+    """(first_s, slope_s, steps) of decode steps in one stage, as StepModel.decode_run has them for a whole step.
+
+    Without what attention groups share and the host's work.
+    """
     decode = tables.decode
     mean = context / sequences
     piece = bisect_left(decode.knots, mean)
@@ -397,24 +477,53 @@ def compile_step_model(
     *,
     max_tokens: int,
     max_seqs: int,
+    overlap: Overlap = "none",
+    units: int = 1,
 ) -> StepModel:
-    """The step model of one replica, for steps of up to `max_tokens` tokens and `max_seqs` sequences a scheduler."""
+    """The step model of one replica, for steps of up to `max_tokens` tokens and `max_seqs` sequences a scheduler.
+
+    overlap   of collectives with arithmetic, on a device of `units` compute units
+    """
     limits = {"max_tokens": max_tokens, "max_seqs": max_seqs}
-    stages = tabulate_stages(model, mapping, precision, lambda op: cost.time_s(op) * kept(op, engine), **limits)
+
+    def measure(op: Operator) -> Array:
+        return cost.time_s(op) * kept(op, cost, engine)
+
+    def layer_groups() -> LayerGroups:
+        def tables(layers: Sequence[Layer], first: bool = False) -> Tables:
+            return tabulate(model, layers, mapping, precision, measure, **limits, first=first, last=False, layers_s=cut)
+
+        return LayerGroups(model.layers, lambda layer: tables((layer,)), tables((), first=True))
+
+    def layers_s(layers: Sequence[Layer], tokens: Array) -> Array:
+        return overlapped_s(model, layers, tokens, mapping, precision, measure, units=units, overlap=overlap)
+
+    cut = layers_s if overlap != "none" else None
+    stages = tabulate_stages(model, mapping, precision, measure, layers_s=cut, **limits)
     transfer = packed(np.zeros(max_tokens + 1))
     if mapping.pp > 1:
         tokens = token_grid(max_tokens)
         wire = ops.wire_bytes(precision)
         transfer = _dense(
             tokens,
-            cost.time_s(ops.Communication("stage transfer", "point-to-point", "pp", tokens * model.hidden * wire)),
+            cost.time_s(
+                ops.Communication("stage transfer", "point-to-point", "pp", tokens / mapping.cp * model.hidden * wire)
+            ),
         )
-    return StepModel(stages, transfer, engine, max_tokens, max_seqs)
+    whole = mapping.pp == mapping.attention_dp == 1
+    return StepModel(stages, transfer, engine, max_tokens, max_seqs, layer_groups if whole else None)
 
 
-def kept(op: Operator, engine: Engine) -> float:
+def kept(op: Operator, cost: CostModel, engine: Engine) -> Array | float:
     """Share of an operator's time that the engine does not hide in the kernels beside it."""
-    return engine.unfused if isinstance(op, ops.Elementwise) else 1.0
+    if isinstance(op, ops.Elementwise):
+        return engine.unfused
+    if isinstance(op, ops.ExpertExchange) and op.beside and engine.overlaps_shared_experts:
+        taken = cost.time_s(op)
+        meanwhile = sum((cost.time_s(other) * kept(other, cost, engine) for other in op.beside), np.zeros_like(taken))
+        share: Array = 1.0 - np.divide(np.minimum(meanwhile, taken), taken, out=np.zeros_like(taken), where=taken > 0)
+        return share
+    return 1.0
 
 
 def tabulate_stages(
@@ -425,6 +534,8 @@ def tabulate_stages(
     *,
     max_tokens: int,
     max_seqs: int,
+    layers_s: Callable[[Sequence[Layer], Array], Array] | None = None,
+    even: bool = False,
 ) -> list[Tables]:
     """Tables of `measure` for every pipeline stage; stages with the same layers and ends share theirs."""
     known: dict[tuple[frozenset[tuple[Layer, int]], bool, bool], Tables] = {}
@@ -443,6 +554,8 @@ def tabulate_stages(
                 max_seqs=max_seqs,
                 first=first,
                 last=last,
+                layers_s=layers_s,
+                even=even,
             )
         stages.append(known[key])
     return stages

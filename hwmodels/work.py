@@ -49,11 +49,11 @@ class Work:
     def __init__(
         self, model: ModelShape, mapping: Mapping, precision: Precision, *, max_tokens: int, max_seqs: int
     ) -> None:
-        self._ranks = mapping.tp
+        self._ranks = mapping.tp * mapping.cp
         self._groups = mapping.attention_dp
+        even = replace(mapping, ep=1, expert_tp=mapping.ep * mapping.expert_tp, redundant_experts=0)
         limits = {"max_tokens": max_tokens, "max_seqs": max_seqs}
-        even = replace(mapping, ep=1, expert_tp=mapping.ep * mapping.expert_tp)
-        self._flops = tabulate_stages(model, even, precision, flops_of, **limits)
+        self._flops = tabulate_stages(model, even, precision, flops_of, **limits, even=True)
         self._bytes = tabulate_stages(model, mapping, precision, bytes_of, **limits)
 
     def of(self, steps: Steps) -> tuple[Array, Array]:

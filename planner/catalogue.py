@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hwmodels.busiest import BusiestRank, busiest_rank
+from hwmodels.contextkinds import KINDS, require_legal
 from hwmodels.engine import Engine, load_engine
 from hwmodels.errors import MappingError
 from hwmodels.evidence import evidence
@@ -17,11 +16,12 @@ from hwmodels.hardware import Cluster, Efficiency, load_cluster
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, Mapping, Precision, weight_bytes
 from hwmodels.memory import Memory, Sizes, plan_memory, replica_sizes, require_fit
+from hwmodels.offloadedcost import OffloadedCost, OffloadedLayers
+from hwmodels.overlap import Overlap
 from hwmodels.roofline import AnalyticCost
-from hwmodels.routedcost import RoutedCost
 from hwmodels.routing import RoutingStats
 from hwmodels.routingfiles import read_routing
-from hwmodels.shape import ModelShape
+from hwmodels.shape import Attention, ModelShape
 from hwmodels.shares import SharedSteps, compile_shared_steps
 from hwmodels.step_model import CostModel, StepModel, compile_step_model
 from hwmodels.tiles import Cut
@@ -29,13 +29,15 @@ from hwmodels.work import Work
 from planner.encoding import Vision, vision_of, without_encode
 from planner.errors import PlanError
 from planner.links import handover_of
+from planner.offloading import Away, away_broken, away_of, require_host, resident
 from planner.plan import Plan, Pool
-from planner.routedranks import require_placement, shares_of_ranks
+from planner.routedranks import ExpertMap
+from planner.scheduling import scheduler_of
+from planner.seating import Seating
 from planner.sharing import shared_spec
 from planner.tiers import tiering_of
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.routers import ROUTERS
-from simulator.scheduler import SchedulerConfig
 
 if TYPE_CHECKING:
     from hwmodels.kernels.library import Kernels
@@ -46,7 +48,8 @@ COSTS = ("analytic", "calibrated", "measured")
 
 def mapping_of(pool: Pool) -> Mapping:
     """How one replica of the pool is cut."""
-    return Mapping(pool.tp, pool.pp, pool.attention_dp, pool.ep, pool.expert_tp, pool.stages)
+    cut = pool.tp, pool.pp, pool.attention_dp, pool.ep, pool.expert_tp, pool.stages
+    return Mapping(*cut, pool.redundant_experts, pool.expert_map, pool.cp, pool.cp_kind)
 
 
 def precision_of(pool: Pool) -> Precision:
@@ -54,16 +57,13 @@ def precision_of(pool: Pool) -> Precision:
     return Precision(pool.weights, pool.activations, pool.kv, pool.experts)
 
 
-def scheduler_of(pool: Pool) -> SchedulerConfig:
-    """How the pool's engines form batches."""
-    return SchedulerConfig(
-        pool.policy,
-        pool.max_seqs,
-        pool.token_budget,
-        pool.block_tokens,
-        pool.max_context_tokens,
-        pool.prefix_caching,
-    )
+#: How replicas are cut and kept, what of their experts is away, what overlaps: what step models are made for.
+Kind = tuple[Mapping, Precision, Away | None, Overlap]
+
+
+def kind_of(pool: Pool) -> Kind:
+    """The kind of the pool's replicas, where experts do not exceed host memory."""
+    return mapping_of(pool), precision_of(pool), away_of(pool), pool.overlap
 
 
 def law_broken(model: ModelShape, mapping: Mapping) -> str | None:
@@ -80,21 +80,40 @@ def law_broken(model: ModelShape, mapping: Mapping) -> str | None:
         return "tp divides the KV heads or is a multiple of them"
     if any(not ff.experts and ff.intermediate % mapping.tp for ff in blocks):
         return "tp divides the feed-forward width"
+    if mapping.cp > 1:
+        law = context_law_broken(attentions, mapping)
+        if law is not None:
+            return law
     if mapping.pp > len(model.layers):
         return "every stage has a layer"
     if mapping.attention_dp > 1 and not model.is_moe:
         return "attention_dp needs experts"
-    if mapping.attention_dp > 1 and mapping.pp > 1:
-        return "attention_dp runs without pipeline stages"
     if not model.is_moe:
-        return None if mapping.ep == mapping.expert_tp == 1 else "ep needs experts"
-    if mapping.ep * mapping.expert_tp != mapping.tp * mapping.attention_dp:
-        return "ep x expert_tp = tp x attention_dp"
+        plain = mapping.ep == mapping.expert_tp == 1 and not mapping.redundant_experts and mapping.expert_map is None
+        return None if plain else "ep needs experts"
+    if mapping.ep * mapping.expert_tp != mapping.tp * mapping.token_groups:
+        return f"ep x expert_tp = tp x {'cp x ' if mapping.cp > 1 else ''}attention_dp"
     experts = [ff for ff in blocks if ff.experts]
-    if any(ff.experts % mapping.ep for ff in experts):
-        return "ep divides the experts"
+    if mapping.ep == 1 and (mapping.redundant_experts or mapping.expert_map is not None):
+        return "redundant experts and a map of experts need ep"
+    if any((ff.experts + mapping.redundant_experts) % mapping.ep for ff in experts):
+        return "ep divides the experts" + (" and the redundant ones together" if mapping.redundant_experts else "")
+    if any(ff.experts + mapping.redundant_experts > ff.experts * mapping.ep for ff in experts):
+        return "a rank has no more expert slots than there are experts"
     if any(ff.intermediate % mapping.expert_tp for ff in experts):
         return "expert_tp divides the expert width"
+    return None
+
+
+def context_law_broken(attentions: Iterable[Attention], mapping: Mapping) -> str | None:
+    """The law of context parallelism that the degrees break; None if they are legal."""
+    if mapping.cp_kind not in KINDS:
+        return f"cp_kind is one of {', '.join(KINDS)}"
+    for attention in attentions:
+        try:
+            require_legal(mapping.cp_kind, attention, mapping.cp, mapping.tp)
+        except MappingError:
+            return "ulysses gives every rank of tp x cp whole query heads and KV heads, or copies (take ring)"
     return None
 
 
@@ -105,8 +124,10 @@ class Catalogue:
     others                 catalogues of the same model on other devices, by hardware, for pools that name theirs
     kernels                measured kernels that price the operators; None for the analytic model alone
     routing                recorded popularity of experts, which makes the busiest rank; None for uniform routing
-    placement              layers x experts x ranks, part of an expert's tokens on each rank (planner.placement's
-                           `split`), for replicas of as many expert ranks; else experts sit in their order
+    placed                 whether experts sit where it suits the recorded routing (planner.placedexperts) in pools
+                           without a map; else they are in order, as engines load them
+    maps                   which expert is in which slot, by what pools call it in `expert_map`
+    seating                where experts sit, by these
     max_tokens, max_seqs   largest step the step models are tabulated for; they grow when a plan asks for more
     """
 
@@ -118,21 +139,19 @@ class Catalogue:
     max_seqs: int = 1024
     others: dict[str, Catalogue] = field(default_factory=dict)
     routing: RoutingStats | None = None
-    placement: NDArray[np.float64] | None = None
-    _models: dict[tuple[Mapping, Precision], StepModel] = field(default_factory=dict)
+    placed: bool = False
+    maps: dict[str, ExpertMap] = field(default_factory=dict)
+    _models: dict[Kind, StepModel] = field(default_factory=dict)
     _works: dict[tuple[Mapping, Precision], Work] = field(default_factory=dict)
     _shared: dict[tuple[Mapping, Precision], SharedSteps] = field(default_factory=dict)
-    _sizes: dict[tuple[Mapping, Precision], Sizes] = field(default_factory=dict)
-    _busiest: dict[int, BusiestRank] = field(default_factory=dict)
+    _away: dict[tuple[int, int, Precision, Away], OffloadedLayers] = field(default_factory=dict)
+    _sizes: dict[tuple[Mapping, Precision, Away | None], Sizes] = field(default_factory=dict)
+    seating: Seating = field(init=False)
 
     def __post_init__(self) -> None:
-        """Raise RoutingError for routing of another model, PlanError for a placement of other experts."""
-        if self.routing is not None:
-            self.routing.check(self.model)
-        if self.placement is not None:
-            if self.routing is None:
-                raise PlanError("a placement of experts without routing; expected both (--routing)")
-            require_placement(self.placement, self.routing)
+        """Raise RoutingError for routing of another model."""
+        plain = self._plain_prices
+        self.seating = Seating(self.model, self.cluster, self.routing, self.placed, self.maps, plain)
 
     def reserve(self, max_tokens: int, max_seqs: int) -> None:
         """Let step models cover steps of this size; those compiled for smaller ones are dropped."""
@@ -143,32 +162,50 @@ class Catalogue:
             self._shared.clear()
             self._works.clear()
 
-    def step_model(self, mapping: Mapping, precision: Precision) -> StepModel:
-        """The step model of a replica; raises MappingError where the degrees or formats are not possible."""
-        key = (mapping, precision)
+    def step_model(
+        self, mapping: Mapping, precision: Precision, away: Away | None = None, overlap: Overlap = "none"
+    ) -> StepModel:
+        """The step model of a replica; raises MappingError where the degrees or formats are not possible.
+
+        away      what of its experts its devices do not hold
+        overlap   of its collectives with arithmetic
+        """
+        key = (mapping, precision, away, overlap)
         if key not in self._models:
-            self.check(mapping, precision)
+            self.check(mapping, precision, away)
             self._models[key] = compile_step_model(
                 self.model,
                 mapping,
                 precision,
                 self.engine,
-                self.prices(mapping),
+                self.step_prices(mapping, precision, away),
                 max_tokens=self.max_tokens,
                 max_seqs=self.max_seqs,
+                overlap=overlap,
+                units=self.cluster.device.compute_units,
             )
         return self._models[key]
 
+    def step_prices(self, mapping: Mapping, precision: Precision, away: Away | None = None) -> CostModel:
+        """What prices the operators of a replica of which experts may be away."""
+        plain = self.prices(mapping)
+        return plain if away is None else OffloadedCost(plain, self.away_layers(mapping, precision, away))
+
+    def away_layers(self, mapping: Mapping, precision: Precision, away: Away) -> OffloadedLayers:
+        """A layer's experts by the tokens of a step; raises what `check` raises."""
+        self.check(mapping, precision, away)
+        key = (mapping.tp, mapping.pp if away.ssd_bytes_per_s else 1, precision, away)
+        if key not in self._away:
+            from planner.offloadprices import layers_of  # simulates: only where experts are away
+
+            self._away[key] = layers_of(
+                self.model, self.cluster, mapping, precision, away, self.prices(mapping), self.routing
+            )
+        return self._away[key]
+
     def prices(self, mapping: Mapping) -> CostModel:
         """What prices the operators of a replica cut like this."""
-        plain = self._plain_prices(mapping)
-        if self.routing is None or mapping.ep == 1:
-            return plain
-        if mapping.ep not in self._busiest:
-            self._busiest[mapping.ep] = busiest_rank(
-                self.routing, shares_of_ranks(self.routing, mapping.ep, self.placement)
-            )
-        return RoutedCost(plain, self._busiest[mapping.ep])
+        return self.seating.prices(mapping) or self._plain_prices(mapping)
 
     def _plain_prices(self, mapping: Mapping) -> CostModel:
         """The same under uniform routing."""
@@ -178,17 +215,18 @@ class Catalogue:
 
         return MeasuredCost(self.cluster, mapping, self.kernels)
 
-    def evidence(self, pool: Pool) -> dict[str, float]:
+    def evidence(self, pool: Pool, ssd_gb_per_s: float | None = None) -> dict[str, float]:
         """Shares of a step's device time by what its prices rest on; see hwmodels.evidence."""
-        mapping = mapping_of(pool)
-        return evidence(self.model, mapping, precision_of(pool), self.engine, self.prices(mapping))
+        mapping, precision = mapping_of(pool), precision_of(pool)
+        cost = self.step_prices(mapping, precision, away_of(pool, ssd_gb_per_s))
+        return evidence(self.model, mapping, precision, self.engine, cost)
 
     def plan_evidence(self, plan: Plan) -> dict[str, float]:
         """The same of a whole plan: its pools of replicas, weighted by their devices."""
         shares: dict[str, float] = {}
         gpus = sum(pool.gpus for pool in plan.serving)
         for pool in plan.serving:
-            for source, share in self.of(pool).evidence(pool).items():
+            for source, share in self.of(pool).evidence(pool, plan.ssd_gb_per_s).items():
                 shares[source] = shares.get(source, 0.0) + share * pool.gpus / gpus
         return shares
 
@@ -199,9 +237,14 @@ class Catalogue:
             self._works[key] = Work(self.model, mapping, precision, max_tokens=self.max_tokens, max_seqs=self.max_seqs)
         return self._works[key]
 
-    def check(self, mapping: Mapping, precision: Precision) -> None:
-        """Raise MappingError for degrees or number formats that are not possible."""
+    def check(self, mapping: Mapping, precision: Precision, away: Away | None = None) -> None:
+        """Raise MappingError for degrees or number formats that are not possible.
+
+        Where experts are away, PlanError if they cannot be, OutOfMemoryError if their host has no room for them.
+        """
         degrees = {"tp": mapping.tp, "pp": mapping.pp, "attention_dp": mapping.attention_dp, "ep": mapping.ep}
+        if mapping.cp != 1:
+            degrees["cp"] = mapping.cp
         for name, degree in {**degrees, "expert_tp": mapping.expert_tp}.items():
             if degree < 1:
                 raise MappingError(f"{name}={degree}: expected a degree of at least 1")
@@ -212,12 +255,18 @@ class Catalogue:
         problem = format_problem(self.cluster, precision)
         if problem is not None:
             raise MappingError(problem)
+        if away is not None:
+            broken = away_broken(self.model, self.cluster, mapping, precision, away)
+            if broken is not None:
+                raise PlanError(broken[1])
+            require_host(self.model, self.cluster, mapping, precision, away)
 
     def memory(self, pool: Pool, vision: Vision | None = None) -> Memory:
         """Memory of the pool's fullest rank, with an encoder on its first stage if there is one."""
-        key = (mapping_of(pool), precision_of(pool))
+        mapping, precision, away = key = (mapping_of(pool), precision_of(pool), away_of(pool))
         if key not in self._sizes:
-            self._sizes[key] = replica_sizes(self.model, *key)
+            sizes = replica_sizes(self.model, mapping, precision)
+            self._sizes[key] = sizes if away is None else resident(sizes, self.model, mapping, precision, away)
         sizes = self._sizes[key]
         return plan_memory(
             sizes if vision is None else vision.beside(sizes, pool, self.cluster.device),
@@ -226,6 +275,7 @@ class Catalogue:
             token_budget=pool.token_budget,
             max_seqs=pool.max_seqs,
             block_tokens=pool.block_tokens,
+            max_context_tokens=pool.max_context_tokens,
         )
 
     def require_fit(self, pool: Pool, vision: Vision | None = None) -> Memory:
@@ -235,11 +285,18 @@ class Catalogue:
         return memory
 
     def replica(
-        self, pool: Pool, *, share: float = 1.0, with_work: bool = False, vision: Vision | None = None
+        self,
+        pool: Pool,
+        *,
+        share: float = 1.0,
+        with_work: bool = False,
+        vision: Vision | None = None,
+        ssd_gb_per_s: float | None = None,
     ) -> ReplicaSpec:
         """One replica of the pool, ready to simulate.
 
-        vision   an encoder that it has beside the model
+        vision         an encoder that it has beside the model
+        ssd_gb_per_s   of the disks of a node, for experts that exceed its memory
 
         Raises MappingError, SchedulerError, OutOfMemoryError when no request at all would fit, or PlanError for a pool
         without replicas.
@@ -247,7 +304,10 @@ class Catalogue:
         if pool.role == "encode":
             raise PlanError("role 'encode': its devices hold no replicas; expected a role that serves requests")
         mapping, precision, scheduler = mapping_of(pool), precision_of(pool), scheduler_of(pool)
-        self.check(mapping, precision)
+        away = away_of(pool, ssd_gb_per_s)
+        self.check(mapping, precision, away)
+        if away is not None and pool.sharing is not None:
+            raise PlanError(f"sharing {pool.sharing!r} with expert_cache: expected one of them")
         self.reserve(pool.token_budget, pool.max_seqs)
         memory = self.require_fit(pool, vision)
         encoder = None
@@ -256,7 +316,7 @@ class Catalogue:
                 raise PlanError(f"sharing {pool.sharing!r} beside an encoder: expected an encode pool, or no sharing")
             encoder = vision.own(pool, self.cluster.device, self.prices(Mapping()), self.engine, with_work=with_work)
         spec = ReplicaSpec(
-            model=self.step_model(mapping, precision),
+            model=self.step_model(mapping, precision, away, pool.overlap),
             mapping=mapping,
             scheduler=scheduler,
             kv_blocks=memory.kv_blocks,
@@ -304,7 +364,9 @@ class Catalogue:
         for pool in plan.serving:
             share = float(pool.gpus_per_replica) if pool.share is None else pool.share
             own = None if encode_pool is not None or pool.role == "decode" else vision
-            spec = self.of(pool).replica(pool, share=share, with_work=with_work, vision=own)
+            spec = self.of(pool).replica(
+                pool, share=share, with_work=with_work, vision=own, ssd_gb_per_s=plan.ssd_gb_per_s
+            )
             specs += [spec] * pool.replicas
         clusters = {plan.hardware: self.cluster, **{name: one.cluster for name, one in self.others.items()}}
         handover = encode = None
@@ -353,14 +415,16 @@ def open_catalogue(
     cost: str = "calibrated",
     also: dict[str, int] | None = None,
     routing: str | RoutingStats | None = None,
-    placement: NDArray[np.float64] | None = None,
+    *,
+    placed: bool = False,
+    maps: dict[str, ExpertMap] | None = None,
 ) -> Catalogue:
     """The catalogue of a model on `gpus` devices.
 
     also   other hardware at hand and its devices
 
-    routing     recorded routing of the model's experts, or a file of it (hwmodels.routingfiles)
-    placement   see Catalogue
+    routing   recorded routing of the model's experts, or a file of it (hwmodels.routingfiles)
+    placed, maps   see Catalogue
 
     cost   what the prices rest on: 'analytic' (a roofline with the default efficiencies), 'calibrated' (with those of
            the device's profile) or 'measured' (kernels that were timed, the calibrated roofline where there are none)
@@ -373,15 +437,15 @@ def open_catalogue(
     shape = load_model(model)
     stats = read_routing(Path(routing), shape) if isinstance(routing, str) else routing
     if also:
-        routed = (stats, placement)
-        others = {name: open_catalogue(model, name, n, engine, cost, None, *routed) for name, n in also.items()}
-        return replace(open_catalogue(model, hardware, gpus, engine, cost, None, *routed), others=others)
+        one = partial(open_catalogue, model, engine=engine, cost=cost, routing=stats, placed=placed, maps=maps)
+        others = {name: one(name, n) for name, n in also.items()}
+        return replace(one(hardware, gpus), others=others)
     cluster, profile = load_cluster(hardware, gpus), load_engine(engine)
     device = replace(cluster.device, efficiency=Efficiency()) if cost == "analytic" else cluster.device
     cluster = replace(cluster, device=device.of_engine(profile.kernels))
-    if cost != "measured":
-        return Catalogue(shape, cluster, profile, routing=stats, placement=placement)
-    from hwmodels.kernels.library import open_kernels  # reads tables: not what most questions wait for
+    kernels = None
+    if cost == "measured":
+        from hwmodels.kernels.library import open_kernels  # reads tables: not what most questions wait for
 
-    kernels = open_kernels(cluster.device, profile.kernels)
-    return Catalogue(shape, cluster, profile, kernels, routing=stats, placement=placement)
+        kernels = open_kernels(cluster.device, profile.kernels)
+    return Catalogue(shape, cluster, profile, kernels, routing=stats, placed=placed, maps=maps or {})

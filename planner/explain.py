@@ -12,7 +12,18 @@ from hwmodels import operators as ops
 from hwmodels.engine import Engine
 from hwmodels.hardware import Cluster, Device
 from hwmodels.mapping import Mapping, Precision
-from hwmodels.operators import AttentionCore, Communication, Elementwise, Experts, Gemm, GroupedGemm, Operator
+from hwmodels.offloadedcost import OffloadedCost
+from hwmodels.operators import (
+    AttentionCore,
+    Communication,
+    ContextAttention,
+    Elementwise,
+    ExpertExchange,
+    Experts,
+    Gemm,
+    GroupedGemm,
+    Operator,
+)
 from hwmodels.roofline import AnalyticCost, arithmetic_dtype, attention_dtype, memory_time_s, tile_time_s
 from hwmodels.routedcost import RoutedCost
 from hwmodels.shape import Layer, ModelShape
@@ -23,12 +34,14 @@ from hwmodels.step_model import (
     kept,
     linear_operators,
     prefill_operators,
+    rank_tokens,
     shared_operators,
     stage_layers,
 )
 from planner.catalogue import Catalogue, mapping_of, precision_of
 from planner.encoding import Vision
 from planner.errors import PlanError
+from planner.offloading import Away, away_of
 from planner.plan import Pool
 
 #: Decoding sequences of a scheduler where none are asked for.
@@ -42,10 +55,11 @@ class Row:
     count        launches
     time_s, flops, bytes   of all launches; bytes of device memory or, of a collective, what it moves
     bound        'compute', 'memory', 'launch' (starting kernels and filling the memory pipeline), the name of a link,
-                 'latency of' a link, or 'host'
+                 'latency of' a link, 'host', or 'host link', 'host CPU' and 'SSD' for experts that are away
     algorithm    of a collective, the one that is fastest at this size; '' otherwise
     link         the link that holds a collective up; '' otherwise
     source       what most of its price rests on, see hwmodels.evidence
+    hidden_s     of a transfer between context-parallel ranks, what more it takes beside attention
     """
 
     name: str
@@ -58,6 +72,7 @@ class Row:
     algorithm: str = ""
     link: str = ""
     source: str = ""
+    hidden_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +145,7 @@ def explain(
     context: int = 1024,
     prefill: int | None = None,
     vision: Vision | None = None,
+    ssd_gb_per_s: float | None = None,
 ) -> Explanation:
     """A decode step and a prompt chunk of one replica of the pool; of a prefill or decode pool only its own.
 
@@ -138,13 +154,14 @@ def explain(
     context    tokens each of them attends to
     prefill    tokens of the chunk, alone in its step; None for the token budget, 0 for no such step
     vision     an encoder that the replica has beside the model; its own time is not among the steps
+    ssd_gb_per_s   of the disks of a node, see planner.plan.Plan
 
     Raises PlanError for a batch or chunk the plan cannot run, and what Catalogue.replica raises.
     """
     catalogue = catalogue.of(pool)
-    table = catalogue.replica(pool, vision=vision).model
+    table = catalogue.replica(pool, vision=vision, ssd_gb_per_s=ssd_gb_per_s).model
     memory = _memory(catalogue, pool, vision)
-    step = _Step(catalogue, pool, table)
+    step = _Step(catalogue, pool, table, away_of(pool, ssd_gb_per_s))
     steps = []
     if pool.role != "prefill":
         steps.append(step.decode(_sequences(catalogue, pool, memory, batch, context), context))
@@ -204,17 +221,49 @@ class Pricing:
 
     def rows(self, found: Sequence[Operator]) -> list[Row]:
         """Every operator once, in order of appearance."""
-        return _merged([self._row(op) for op in found])
+        rows: list[Row] = []
+        for op in found:
+            rows += self._context_rows(op) if isinstance(op, ContextAttention) else [self._row(op)]
+        return _merged(rows)
+
+    def _context_rows(self, op: ContextAttention) -> list[Row]:
+        """Attention over several ranks, and what it waits for of their transfers."""
+        cost = self.cost.inner if isinstance(self.cost, RoutedCost) else self.cost
+        found = self.analytic.context(op) if isinstance(cost, AnalyticCost) else cost.context(op)
+        sources, launches = cost.sources(op), op.count
+        core = next(part for part in op.parts if isinstance(part, AttentionCore))
+        link = found.link.split(",")[0]
+        attention_s, exposed_s, hidden_s, sent = (
+            launches * float(np.sum(values))
+            for values in (found.attention_s, found.exposed_s, found.hidden_s, found.sent_bytes)
+        )
+        return [
+            Row(
+                op.name, "attention", launches * core.count, attention_s, launches * float(np.sum(op.flops)),
+                launches * float(np.sum(op.bytes)), _bound(core, self.analytic),
+                source=max(sources, key=lambda name: sources[name]),
+            ),
+            Row(
+                f"{op.name}, between ranks", f"{op.kind} over {op.cp}", launches, exposed_s, 0.0, sent, link,
+                link=found.link, source="analytic", hidden_s=hidden_s,
+            ),
+        ]  # fmt: skip
 
     def _row(self, op: Operator) -> Row:
         """The operator's price and what it waits for."""
-        time_s, sources = float(np.sum(self.cost.time_s(op) * kept(op, self.engine))), self.cost.sources(op)
+        time_s, sources = float(np.sum(self.cost.time_s(op) * kept(op, self.cost, self.engine))), self.cost.sources(op)
         if isinstance(self.cost, RoutedCost):
             op = self.cost.routed(op)
         flops, nbytes = float(np.sum(op.flops)), float(np.sum(op.bytes))
         source = max(sources, key=lambda name: sources[name])
+        if isinstance(op, ExpertExchange):
+            phases = self.analytic.exchange(op)
+            link, kernel = str(np.ravel(phases.link(op.phase))[0]), str(np.ravel(phases.kernel)[0])
+            short = link.split(",")[0]
+            return Row(op.name, "exchange", op.count, time_s, 0.0, op.count * nbytes, short, kernel, link, source)
         if not isinstance(op, Communication):
-            bound = _bound(op, self.analytic)
+            bound = self.cost.bound(op) if isinstance(self.cost, OffloadedCost) else None
+            bound = bound or _bound(op, self.analytic)
             return Row(
                 op.name, _KINDS[type(op)], op.count, time_s, op.count * flops, op.count * nbytes, bound, source=source
             )
@@ -230,13 +279,15 @@ class Pricing:
 class _Step:
     """Steps of one replica of a pool; every attention group holds the same batch."""
 
-    def __init__(self, catalogue: Catalogue, pool: Pool, table: StepModel) -> None:
+    def __init__(self, catalogue: Catalogue, pool: Pool, table: StepModel, away: Away | None) -> None:
         self.model: ModelShape = catalogue.model
         self.cluster: Cluster = catalogue.cluster
         self.mapping: Mapping = mapping_of(pool)
         self.precision: Precision = precision_of(pool)
         self.pricing = Pricing(
-            catalogue.prices(self.mapping), AnalyticCost(self.cluster, self.mapping), catalogue.engine
+            catalogue.step_prices(self.mapping, self.precision, away),
+            AnalyticCost(self.cluster, self.mapping),
+            catalogue.engine,
         )
         self.table = table
 
@@ -274,18 +325,15 @@ class _Step:
             found += shared_operators(self.model, layers, _one(tokens * groups), mapping, self.precision)
             found += attention(layers)
             if last:
-                found += ops.language_model_head(self.model, _one(sampled), mapping.tp)
+                found += ops.language_model_head(self.model, rank_tokens(_one(sampled), mapping.cp), mapping.tp)
             else:
-                sent = _one(tokens * self.model.hidden * ops.wire_bytes(self.precision))
+                sent = _one(tokens / mapping.cp * self.model.hidden * ops.wire_bytes(self.precision))
                 found.append(Communication("stage transfer", "point-to-point", "pp", sent))
         rows = self.pricing.rows(found)
         rows.append(
             Row("scheduling and sampling", "host", 1, self.table.overhead_s(sampled, bool(batch[2])), 0.0, 0.0, "host")
         )
-        if groups > 1:
-            table_s = self.table.lockstep_s([batch] * groups)
-        else:
-            table_s = sum(self.table.stages_s(*batch)) + (mapping.pp - 1) * self.table.transfer[tokens]
+        table_s = sum(self.table.lockstep_stages_s([batch] * groups)) + (mapping.pp - 1) * self.table.transfer[tokens]
         device = self.cluster.device
         time_s = sum(row.time_s for row in rows) * mapping.pp  # each device works on its stage's share of it
         peak = device.peak_flops_per_s[arithmetic_dtype(self.precision, device)]
@@ -293,7 +341,7 @@ class _Step:
         return StepTimes(
             title,
             tokens,
-            tuple(row for row in rows if row.time_s > 0),
+            tuple(row for row in rows if row.time_s > 0 or row.hidden_s > 0),
             table_s,
             sum(row.flops for row in rows) / (peak * time_s),
             moved / (device.memory_bytes_per_s * time_s),
@@ -351,7 +399,7 @@ def _merged(rows: Sequence[Row]) -> list[Row]:
         if old is not None:
             row = Row(
                 row.name, row.kind, old.count + row.count, old.time_s + row.time_s, old.flops + row.flops,
-                old.bytes + row.bytes, row.bound, row.algorithm, row.link, row.source,
+                old.bytes + row.bytes, row.bound, row.algorithm, row.link, row.source, old.hidden_s + row.hidden_s,
             )  # fmt: skip
         together[key] = row
     return list(together.values())

@@ -39,7 +39,12 @@ def explain_plan(
             found.append(_encoding(catalogue, plan, pool, vision))
             continue
         own = None if plan.encode_pool is not None or pool.role == "decode" else vision
-        found.append(explain(catalogue, pool, batch=batch, context=context, prefill=prefill, vision=own))
+        found.append(
+            explain(
+                catalogue, pool, batch=batch, context=context, prefill=prefill, vision=own,
+                ssd_gb_per_s=plan.ssd_gb_per_s,
+            )
+        )  # fmt: skip
     return found
 
 

@@ -90,6 +90,7 @@ class _Comparison:
             question.cost,
             question.also,
             question.routing,
+            placed=question.experts_placed,
         )
         self.total = sum(question.devices.values())
         self.searches: dict[str, SearchResult] = {}

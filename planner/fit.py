@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
+from hwmodels.contextattention import kind_of
 from hwmodels.errors import ShardwiseError
 from hwmodels.hardware import load_cluster
 from hwmodels.memory import GIB
@@ -11,13 +12,14 @@ from planner.catalogue import Catalogue, format_problem, law_broken, mapping_of
 from planner.errors import NoFeasiblePlanError
 from planner.plan import Pool
 from planner.question import Question
-from planner.space import mappings, placement_broken
+from planner.space import mappings, placement_broken, powers_of_two
 
 
 def shortest(question: Question, catalogue: Catalogue, longest_tokens: int) -> float:
     """Bytes by which the best legal replica misses on its fullest device; 0 or below when one fits, inf without any."""
     least = inf
-    for mapping in mappings(catalogue.model, catalogue.cluster):
+    cps = question.choices.cp or powers_of_two(catalogue.cluster.gpus)
+    for mapping in mappings(catalogue.model, catalogue.cluster, cps=cps, cp_kinds=question.choices.cp_kinds):
         if law_broken(catalogue.model, mapping) or placement_broken(mapping, catalogue.cluster):
             continue
         for precision in question.choices.precisions:
@@ -28,6 +30,7 @@ def shortest(question: Question, catalogue: Catalogue, longest_tokens: int) -> f
                 1, mapping.tp, mapping.pp, mapping.attention_dp, mapping.ep, mapping.expert_tp, None,
                 precision.weights, precision.activations, precision.kv, precision.experts, "chunked",
                 min(min(question.choices.max_seqs), budget), budget, question.choices.block_tokens, longest_tokens,
+                cp=mapping.cp, cp_kind=kind_of(mapping),
             )  # fmt: skip
             memory = catalogue.memory(pool)
             needed = -(-longest_tokens // pool.block_tokens) * pool.block_tokens * memory.kv_bytes_per_token

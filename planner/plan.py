@@ -8,7 +8,11 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from hwmodels.operators import Kind
+from hwmodels.overlap import Overlap
 from simulator.handover import Mode
+from simulator.orders import Order
+from simulator.policies import Policy
 
 #: What the devices of a pool do: what simulator.deployment.Role says of replicas, or encode images.
 PoolRole = Literal["aggregated", "prefill", "decode", "mixed", "encode"]
@@ -26,10 +30,20 @@ class Pool:
 
     replicas, tp, pp, attention_dp, ep, expert_tp   see hwmodels.mapping.Mapping; replicas is plain data parallelism )
     stages                layers of each pipeline stage, None for the most even split
+    redundant_experts     expert slots of a layer beyond one for each expert, see hwmodels.mapping.Mapping
+    cp, cp_kind           context-parallel ranks (each of tp ranks) that the tokens of a sequence lie on, and how they
+                          attend to one another's: ring, tokenring, ulysses or all-gather, see hwmodels.mapping.Mapping
+    expert_map            file that says which expert is in which slot of every mixture layer, in one of the formats of
+                          planner.placementfiles, its path relative to the plan file; None: experts in order
     weights, activations, kv, experts   number formats, see hwmodels.mapping.Precision
     policy                how prefill and decode share steps
     max_seqs              sequences in one step of one scheduler
     token_budget          tokens in one step of one scheduler
+    chunk_tokens          of them, of prompts at most, with policy chunked; None: what decodes leave
+    group_tokens          prompt tokens for each group of layers, with policy layered
+    order                 in which the queue waits, see simulator.orders.ranking, which has ageing_tokens_per_s (order
+                          shortest) and deadlines_s (order deadline: TTFT aimed at by SLO class, or one for all)
+    overlap               of collectives: none, fused-norm (norms inside the all-reduce), two-way (that and two halves)
     block_tokens          tokens of a KV block
     max_context_tokens    longest prompt + output the engine accepts
     share                 requests one replica gets, relative to those of other pools; None for its number of devices
@@ -47,6 +61,13 @@ class Pool:
                           is needed; of effect on traffic with block hashes
     host_kv_gb, ssd_kv_gb   KV of one replica that host memory and disks keep when the devices have no more room for it,
                           in GB (1e9 bytes); disks keep all that host memory does. None: nothing
+    expert_cache          part of the routed experts that devices hold, in (0, 1], those of every layer used last; the
+                          others come from host memory when they are chosen. None: all
+    expert_ladder         weight formats of the experts, from theirs to a narrower one, in which those are loaded that
+                          matter less to a token, by HOBBIT's thresholds; those that matter least are left out
+    cpu_threads           of the host, for each device, that compute experts which the device does not hold where that
+                          is sooner; 0: they are only loaded
+    host                  profile of the processor of a node, with its memory; None: planner.offloading.HOST
     """
 
     replicas: int
@@ -60,7 +81,7 @@ class Pool:
     activations: str = "bf16"
     kv: str = "bf16"
     experts: str | None = None
-    policy: Literal["chunked", "prefill-first", "orca", "static"] = "chunked"
+    policy: Policy = "chunked"
     max_seqs: int = 256
     token_budget: int = 2048
     block_tokens: int = 16
@@ -76,11 +97,25 @@ class Pool:
     prefix_caching: PrefixCaching = "off"
     host_kv_gb: float | None = None
     ssd_kv_gb: float | None = None
+    redundant_experts: int = 0
+    expert_map: str | None = None
+    expert_cache: float | None = None
+    expert_ladder: tuple[str, ...] | None = None
+    cpu_threads: int = 0
+    host: str | None = None
+    chunk_tokens: int | None = None
+    group_tokens: int = 512
+    order: Order = "fcfs"
+    ageing_tokens_per_s: float = 0.0
+    deadlines_s: tuple[float, ...] = ()
+    overlap: Overlap = "none"
+    cp: int = 1
+    cp_kind: Kind = "ring"
 
     @property
     def gpus_per_replica(self) -> int:
         """Devices of one replica."""
-        return self.tp * self.pp * self.attention_dp
+        return self.tp * self.cp * self.pp * self.attention_dp
 
     @property
     def gpus(self) -> int:
@@ -102,7 +137,8 @@ class Plan:
     transfer   how KV goes from prefill to decode pools: layer by layer while prompts are computed, or afterwards
     encoder    name of a vision encoder or path of its profile, for requests with images; without a pool that encodes,
                the replicas that prefill hold it and encode before they prefill
-    ssd_gb_per_s   what the disks of one node read, and write, in GB/s (1e9 bytes); needed where pools keep KV on disks
+    ssd_gb_per_s   what the disks of one node read, and write, in GB/s (1e9 bytes); needed where pools keep KV on disks,
+                   and where experts exceed the memory of hosts
     """
 
     model: str

@@ -13,19 +13,20 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from hwmodels.hardware import MAX_GPUS
-from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS
+from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, weight_bytes
 from hwmodels.wholefile import whole_file
 from hwmodels.yamlfiles import dumped, plain, shortened
 from planner.errors import PlanError
 from planner.plan import Plan, Pool
-from simulator.errors import SaveError
+from planner.scheduling import scheduler_of
+from simulator.errors import SaveError, SchedulerError
 
 #: Newest layout of a plan file this release reads.
 VERSION = 2
 
 _PLAN = TypeAdapter(Plan)
 _KEYS = {Plan: list(Plan.__annotations__), Pool: list(Pool.__annotations__)}
-_COUNTS = ("replicas", "tp", "pp", "attention_dp", "ep", "expert_tp")
+_COUNTS = ("replicas", "tp", "pp", "attention_dp", "ep", "expert_tp", "cp")
 _FORMATS: dict[str, list[str]] = {
     "weights": list(WEIGHT_FORMATS),
     "experts": list(WEIGHT_FORMATS),
@@ -38,6 +39,8 @@ _SHAPES = {
     "stages": "a list of layer counts such as [40, 40]",
     "shares": "two numbers such as [0.6, 1.0]",
     "targets_s": "two times in seconds such as [2.0, 0.05]",
+    "expert_ladder": "two weight formats such as [bf16, int4]",
+    "deadlines_s": "times in seconds such as [1.0, 10.0]",
     "also": "names of profiles with counts such as {l4: 2}",
 }
 #: Bounds of a pool's share of the requests, and of the time to change roles: beyond them sums and clocks lose digits.
@@ -158,15 +161,39 @@ def _pool_problems(pool: Pool) -> Iterator[str]:
         yield f"share is {pool.share}, expected a finite number above 0, from {_SHARE[0]:g} to {_SHARE[1]:g}"
     yield from _sharing_problems(pool)
     yield from _caching_problems(pool)
+    yield from _expert_problems(pool)
     if pool.stages is not None and (len(pool.stages) != pool.pp or min(pool.stages, default=0) < 1):
         yield f"stages is {list(pool.stages)}, expected {pool.pp} layer counts (one per stage) of at least 1"
-    ranks = pool.tp * pool.attention_dp
+    ranks = pool.tp * pool.cp * pool.attention_dp
     if (pool.ep > 1 or pool.expert_tp > 1) and pool.ep * pool.expert_tp != ranks:
-        yield f"ep is {pool.ep}, expected ep * expert_tp ({pool.expert_tp}) to equal tp * attention_dp ({ranks})"
+        what = "tp * attention_dp" if pool.cp == 1 else "tp * cp * attention_dp"
+        yield f"ep is {pool.ep}, expected ep * expert_tp ({pool.expert_tp}) to equal {what} ({ranks})"
+    if pool.cp == 1 and pool.cp_kind != "ring":
+        yield f"cp_kind is {pool.cp_kind!r}, expected 'ring' with cp 1, or cp above 1"
+    yield from _slot_problems(pool)
     if pool.spread is not None and not 1 <= pool.spread <= pool.replicas:
         yield f"spread is {pool.spread}, expected 1 to replicas ({pool.replicas})"
     if pool.policy == "chunked" and pool.max_seqs > pool.token_budget:
         yield f"max_seqs is {pool.max_seqs}, expected at most token_budget ({pool.token_budget}) with policy chunked"
+    elif pool.max_seqs <= pool.token_budget:
+        try:
+            scheduler_of(pool)
+        except SchedulerError as error:
+            yield str(error)
+    if pool.policy == "layered" and (pool.pp > 1 or pool.attention_dp > 1):
+        yield f"policy is 'layered', expected chunked with pp {pool.pp} and attention_dp {pool.attention_dp}"
+
+
+def _slot_problems(pool: Pool) -> Iterator[str]:
+    if pool.redundant_experts < 0:
+        yield f"redundant_experts is {pool.redundant_experts}, expected at least 0"
+    if pool.redundant_experts > 0 and pool.ep == 1:
+        yield f"redundant_experts is {pool.redundant_experts}, expected 0 with ep 1: no other rank would take tokens"
+    if pool.expert_map is not None:
+        if not pool.expert_map or not pool.expert_map.isprintable():
+            yield f"expert_map is {pool.expert_map!r}, expected a path of printable characters, or null"
+        if pool.ep == 1:
+            yield f"expert_map is {pool.expert_map!r}, expected null with ep 1: every rank has all experts"
 
 
 def _caching_problems(pool: Pool) -> Iterator[str]:
@@ -184,15 +211,45 @@ def _caching_problems(pool: Pool) -> Iterator[str]:
         yield f"ssd_kv_gb is {pool.ssd_kv_gb}, expected at least host_kv_gb ({pool.host_kv_gb}), all of which it keeps"
 
 
+def _expert_problems(pool: Pool) -> Iterator[str]:
+    if pool.expert_cache is None:
+        for key, default in (("expert_ladder", None), ("cpu_threads", 0), ("host", None)):
+            if getattr(pool, key) != default:
+                yield f"{key} is {getattr(pool, key)!r}, expected {default} without expert_cache, which is None"
+        return
+    if not 0 < pool.expert_cache <= 1:
+        yield f"expert_cache is {pool.expert_cache}, expected a part of the experts above 0 and at most 1"
+    for key, value in (("ep", pool.ep), ("attention_dp", pool.attention_dp), ("cp", pool.cp)):
+        if value > 1:
+            yield f"{key} is {value}, expected 1 with expert_cache: experts spread over ranks are all on devices"
+    for key, none in (("sharing", pool.sharing), ("role", "encode" if pool.role == "encode" else None)):
+        if none is not None:
+            yield f"{key} is {none!r}, expected another with expert_cache, or expert_cache None"
+    if pool.cpu_threads < 0:
+        yield f"cpu_threads is {pool.cpu_threads}, expected at least 0"
+    if pool.host is not None and (not pool.host or not pool.host.isprintable()):
+        yield f"host is {pool.host!r}, expected a processor's profile or path, or null for the usual one"
+    if pool.expert_ladder is None:
+        return
+    first, ladder = pool.experts or pool.weights, list(pool.expert_ladder)
+    if len(ladder) != 2 or any(name not in WEIGHT_FORMATS for name in ladder):
+        yield f"expert_ladder is {ladder}, expected two of {', '.join(WEIGHT_FORMATS)}: thresholds are known for two"
+    elif ladder[0] != first or weight_bytes(ladder[1]) >= weight_bytes(first):
+        yield f"expert_ladder is {ladder}, expected {first}, the experts' format, and then a narrower one"
+
+
 def _sharing_problems(pool: Pool) -> Iterator[str]:
     if pool.sharing is None:
         if pool.shares is not None or pool.targets_s is not None:
             yield "sharing is None, expected static, semi-pd or nexus where there are shares or targets_s"
         return
-    if pool.policy != "chunked" or pool.role != "aggregated" or pool.pp > 1 or pool.attention_dp > 1:
+    if pool.overlap != "none":
+        yield f"overlap is {pool.overlap!r}, expected 'none' with sharing {pool.sharing!r}"
+    whole = pool.pp == pool.attention_dp == pool.cp == 1
+    if pool.policy != "chunked" or pool.role != "aggregated" or not whole:
         yield (
-            f"sharing is {pool.sharing!r}, expected None unless policy is chunked, role aggregated, pp and "
-            "attention_dp 1"
+            f"sharing is {pool.sharing!r}, expected None unless policy is chunked, role aggregated, pp, attention_dp "
+            "and cp 1"
         )
     if pool.sharing == "static" and pool.shares is None:
         yield "shares is None, expected the parts of prefill and decode, such as [0.6, 1.0], with sharing static"

@@ -45,6 +45,7 @@ class Question:
     jobs          processes that simulate; None for as many as there are processors
     cost          what prices rest on: analytic, calibrated or measured; see planner.catalogue.open_catalogue
     routing       file of the recorded routing of the model's experts (hwmodels.routingfiles); None for uniform routing
+    experts_placed   whether experts are placed by it (planner.placedexperts), or in order as engines load them
     tolerance     relative width of a capacity's bisection
     """
 
@@ -71,6 +72,7 @@ class Question:
     budget_usd_per_h: float | None = None
     budget_w: float | None = None
     routing: str | None = None
+    experts_placed: bool = True
 
     def __post_init__(self) -> None:
         """Raise PlanError for a question that cannot be meant."""

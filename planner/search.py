@@ -10,7 +10,7 @@ from itertools import islice
 from math import inf, isfinite
 from typing import TypeVar
 
-from planner.catalogue import Catalogue, mapping_of, open_catalogue, precision_of
+from planner.catalogue import Catalogue, kind_of, open_catalogue
 from planner.crossover import Crossover
 from planner.errors import NoFeasiblePlanError
 from planner.estimate import estimate_rate_per_s
@@ -201,6 +201,7 @@ class Search:
             question.engine,
             question.cost,
             routing=question.routing,
+            placed=question.experts_placed,
         )
         self.list: Shortlist = shortlist(question, self.catalogue)
         self.ranked: list[Ranked] = []
@@ -494,7 +495,7 @@ class Search:
     def _survey_idle(self, workers: Workers[Task | Plan, Outcome], plan: Plan) -> None:
         """Simulate the kinds of replica that would fit on the devices a plan leaves idle."""
         idle = plan.gpus - plan.gpus_used
-        ranked = {(mapping_of(r.plan.pools[0]), precision_of(r.plan.pools[0])) for r in self.ranked}
+        ranked = {kind_of(r.plan.pools[0]) for r in self.ranked}
         for candidate in sorted(self.list.candidates, key=self._promise, reverse=True):
             small = candidate.plan.pools[0].gpus_per_replica <= idle
             if small and candidate.kind not in ranked and not self.late(1.2):

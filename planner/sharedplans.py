@@ -99,11 +99,11 @@ def _cuts(question: Question, catalogue: Catalogue) -> list[Pool]:
     allowed = question.choices
     budget = BUDGET if BUDGET in allowed.token_budgets else allowed.token_budgets[-1]
     seqs = max((n for n in allowed.max_seqs if n <= budget), default=budget)
-    choices = replace(allowed, policies=("chunked",), token_budgets=(budget,), max_seqs=(seqs,))
+    choices = replace(allowed, policies=("chunked",), token_budgets=(budget,), max_seqs=(seqs,), away=None)
     pools = [
         pool
         for pool, _ in enumerate_pools(catalogue, choices, longest).pools
-        if pool.pp == 1 and pool.attention_dp == 1 and replicas_that_fit(pool.gpus_per_replica, catalogue.cluster)
+        if pool.pp == pool.attention_dp == pool.cp == 1 and replicas_that_fit(pool.gpus_per_replica, catalogue.cluster)
     ]
     order = sorted(pools, key=lambda pool: -_estimate(question, catalogue, pool) / pool.gpus_per_replica)
     return order[:CUTS]

@@ -9,14 +9,14 @@ from math import ceil, inf
 import numpy as np
 
 from hwmodels.energy import RUNNING
-from hwmodels.mapping import Mapping, Precision
 from planner.bounds import Screen
-from planner.catalogue import Catalogue, mapping_of, precision_of
+from planner.catalogue import Catalogue, Kind, kind_of
 from planner.errors import NoFeasiblePlanError
 from planner.fit import nothing_fits
+from planner.offloadchoices import offered
 from planner.plan import Plan, Pool
 from planner.question import Question
-from planner.space import enumerate_pools, replicas_that_fit
+from planner.space import Space, enumerate_pools, replicas_that_fit
 from simulator.limits import Limit
 
 #: Stands for the objective latency among the limits; nobody is held to it.
@@ -29,14 +29,14 @@ class Candidate:
 
     bound              the objective as a score, higher is better
     rate_bound_per_s   requests per second over the whole run
-    kind               how its replicas are cut and kept
+    kind               how its replicas are cut and kept, and what of their experts is away
     kv_blocks          of each of their schedulers
     """
 
     plan: Plan
     bound: float
     rate_bound_per_s: float
-    kind: tuple[Mapping, Precision]
+    kind: Kind
     kv_blocks: int
 
 
@@ -83,19 +83,24 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
             f"{catalogue.model.max_context_tokens}; "
             "choose a model of longer context or drop the longest requests"
         )
-    space = enumerate_pools(catalogue, question.choices, longest)
+    space = _space(question, catalogue, longest)
     result = Shortlist(considered=len(space.pools) + space.broken.total(), pruned=space.broken)
+    if not space.pools and question.choices.away is not None:
+        raise NoFeasiblePlanError(
+            f"{question.model} on {question.gpus} x {question.hardware} with experts that are away: no plan is left; "
+            + ", ".join(f"{count} break {law!r}" for law, count in space.broken.most_common(3))
+        )
     if not space.pools:
         raise nothing_fits(question, catalogue, longest)
     catalogue.reserve(max(pool.token_budget for pool, _ in space.pools), max(pool.max_seqs for pool, _ in space.pools))
-    groups: dict[tuple[Mapping, Precision], list[tuple[Pool, int]]] = defaultdict(list)
+    groups: dict[Kind, list[tuple[Pool, int]]] = defaultdict(list)
     for pool, kv_blocks in space.pools:
-        groups[mapping_of(pool), precision_of(pool)].append((pool, kv_blocks))
+        groups[kind_of(pool)].append((pool, kv_blocks))
     caching = question.choices.prefix_caching != "off"
     screen = Screen(requests, (*question.limits, MEAN_E2E), caching=caching)
     result.floors = dict.fromkeys(question.limits, inf)
-    for (mapping, precision), pools in groups.items():
-        model = catalogue.step_model(mapping, precision)
+    for kind, pools in groups.items():
+        mapping, model = kind[0], catalogue.step_model(*kind)
         budgets = np.array([pool.token_budget for pool, _ in pools])
         seqs = np.array([pool.max_seqs for pool, _ in pools], dtype=float)
         kv_tokens = np.array([blocks * pool.block_tokens for pool, blocks in pools], dtype=float)
@@ -109,7 +114,7 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
                 result.pruned[f"an empty machine keeps {broken}"] += 1
                 continue
             least = Least(float(busy_s[position]), float(floors[MEAN_E2E][position]))
-            _add_plans(result, question, catalogue, (mapping, precision), pool, kv_blocks, least)
+            _add_plans(result, question, catalogue, kind, pool, kv_blocks, least)
     if not result.candidates:
         raise _nothing_left(question, result)
     preferred = {"chunked": 0, "prefill-first": 1, "orca": 2, "static": 3}
@@ -124,11 +129,21 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
     return result
 
 
+def _space(question: Question, catalogue: Catalogue, longest: int) -> Space:
+    """All legal replicas; where none fits, those that leave some of their experts to the host."""
+    space = enumerate_pools(catalogue, question.choices, longest)
+    away = offered(catalogue) if not space.pools and question.choices.away is None else None
+    if away is None:
+        return space
+    found = enumerate_pools(catalogue, replace(question.choices, away=away), longest)
+    return Space(found.pools, space.broken + found.broken)
+
+
 def _add_plans(
     result: Shortlist,
     question: Question,
     catalogue: Catalogue,
-    kind: tuple[Mapping, Precision],
+    kind: Kind,
     pool: Pool,
     kv_blocks: int,
     least: Least,
@@ -173,7 +188,8 @@ def _bound(question: Question, catalogue: Catalogue, plan: Plan, rate_bound_per_
         # Idle power all the time, and what running at all adds on the ranks of one stage and one attention group, at
         # least one of which is running for as long as the work takes.
         running_w = (device.tdp_w - device.idle_w) * RUNNING
-        return -(device.idle_w * gpus * span_s + running_w * least.busy_s * plan.pools[0].tp) / tokens
+        ranks = plan.pools[0].tp * plan.pools[0].cp
+        return -(device.idle_w * gpus * span_s + running_w * least.busy_s * ranks) / tokens
     return -least.mean_e2e_s
 
 

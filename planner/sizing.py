@@ -153,8 +153,10 @@ def offer(question: Question, catalogue: Catalogue, hardware: str | None) -> Off
 
 def degrees(pool: Pool) -> str:
     """What tells ways of cutting apart."""
-    names = ("tp", "pp", "attention_dp", "ep", "expert_tp")
-    return " ".join(f"{name}={getattr(pool, name)}" for name in names if name == "tp" or getattr(pool, name) > 1)
+    names = ("tp", "cp", "pp", "attention_dp", "ep", "expert_tp")
+    found = [f"{name}={getattr(pool, name)}" for name in names if name == "tp" or getattr(pool, name) > 1]
+    found += [pool.cp_kind] if pool.cp > 1 else []
+    return " ".join(found + ([f"redundant_experts={pool.redundant_experts}"] if pool.redundant_experts else []))
 
 
 def _exposed_s(question: Question, catalogue: Catalogue, bytes_per_token: float, card_bytes_per_s: float) -> float:

@@ -126,15 +126,16 @@ def _consumption(
         names = ("decode_sequences", "decode_context_tokens", "prefill_tokens", "prefill_pairs", "prefill_sequences")
         steps = Steps(columns["steps"][mine], *(columns[name][mine] for name in names))
         step_flops, step_bytes = work.of(steps)
-        # A lane keeps its tensor-parallel ranks busy, in a pipeline those of one stage after the other.
+        # A lane keeps its tensor- and context-parallel ranks busy, in a pipeline those of one stage after the other.
+        ranks = mapping.tp * mapping.cp
         busy_s = (columns["end_s"] - columns["start_s"])[mine]
         if encoding is not None:
             busy_s -= encoding.before_s(index, columns["prefill_sequences"][mine] > 0)
-        on_s = np.maximum(busy_s, 1e-12) * mapping.tp
+        on_s = np.maximum(busy_s, 1e-12) * ranks
         compute = step_flops / (on_s * device.peak_flops_per_s[spec.arithmetic_dtype])
         memory = step_bytes / (on_s * device.memory_bytes_per_s)
         power = power_w(device, np.minimum(compute, 1.0), np.minimum(memory, 1.0)) - device.idle_w
         flops += float(step_flops.sum())
         moved += float(step_bytes.sum())
-        joules += float((power * busy_s).sum()) * mapping.tp + device.idle_w * mapping.gpus * makespan_s
+        joules += float((power * busy_s).sum()) * ranks + device.idle_w * mapping.gpus * makespan_s
     return flops, moved, joules

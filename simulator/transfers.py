@@ -1,7 +1,8 @@
 """Over which links, and in how many bytes and messages, does a request's KV move between two replicas or to a store?
 
-A replica's KV is cut by layers over its pipeline stages and by heads over its tensor-parallel ranks. A move pairs every
-receiving rank with ranks that hold what it needs; all pairs move together and are one flow of `simulator.flows`.
+A replica's KV is cut by layers over its pipeline stages, by heads over its tensor-parallel ranks, and over its
+context-parallel ones by tokens, page by page in turn, or with Ulysses by heads. A move pairs every receiving rank with
+ranks that hold what it needs; all pairs move together and are one flow of `simulator.flows`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil, inf, lcm
 
 from hwmodels.errors import MappingError, ShardwiseError
 from hwmodels.interconnect import Interconnect, Way
@@ -66,9 +67,22 @@ class KvSide:
         if not 0 <= self.group < self.mapping.attention_dp:
             raise TransferError(f"group {self.group}: expected one of {self.mapping.attention_dp}")
 
-    def device(self, stage: int, rank: int) -> int:
-        """Of one tensor-parallel rank of one pipeline stage."""
-        return self.devices[(stage * self.mapping.attention_dp + self.group) * self.mapping.tp + rank]
+    def parts(self, stage: int) -> list[list[int]]:
+        """Devices of a pipeline stage by the tokens they keep, each list in the order of the heads.
+
+        Every list keeps as many tokens as the others: cp lists of tp devices, or, with Ulysses, one list of all.
+
+        >>> KvSide((0, 1, 2, 3), Mapping(tp=2, cp=2)).parts(0)
+        [[0, 1], [2, 3]]
+        >>> KvSide((0, 1, 2, 3), Mapping(tp=2, cp=2, cp_kind="ulysses")).parts(0)
+        [[0, 2, 1, 3]]
+        """
+        tp, cp = self.mapping.tp, self.mapping.cp
+        first = (stage * self.mapping.attention_dp + self.group) * cp * tp
+        found = [list(self.devices[start : start + tp]) for start in range(first, first + cp * tp, tp)]
+        if cp == 1 or self.mapping.cp_kind != "ulysses":
+            return found
+        return [[part[rank] for rank in range(tp) for part in found]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,17 +239,23 @@ def kv_route(
     element = min(DTYPE_BYTES[source.kv], DTYPE_BYTES[target.kv])
     block = min(source.block_tokens, target.block_tokens)
     pieces: defaultdict[tuple[int, int], float] = defaultdict(float)
-    messages: Counter[int] = Counter()
+    messages: defaultdict[int, float] = defaultdict(int)
     layers: Counter[int] = Counter()
     for attention, sender, receiver, count in _layers_in_common(model, source.mapping, target.mapping):
-        have = [source.device(sender, rank) for rank in range(source.mapping.tp)]
-        need = [target.device(receiver, rank) for rank in range(target.mapping.tp)]
-        pairs = _exchange(network, attention, have, need, target.group)
-        for (a, b), heads in pairs.items():
-            pieces[a, b] += count * heads * element * _width(attention)
-            # Keys and values lie apart, a latent in one piece; the heads that a pair exchanges of a block lie together.
-            messages[a] += count * (1 if attention.latent is not None else 2)
-        for device in {a for a, _ in pairs}:
+        have, need = source.parts(sender), target.parts(receiver)
+        turns = lcm(len(have), len(need))  # pages whose number leaves the same rest lie on the same parts of both sides
+        senders = set()
+        for turn in range(turns):
+            pairs = _exchange(
+                network, attention, have[turn % len(have)], need[turn % len(need)], target.group + turn // len(need)
+            )
+            for (a, b), heads in pairs.items():
+                pieces[a, b] += count * heads * element * _width(attention) / turns
+                # Keys and values lie apart, a latent in one piece; heads that a pair exchanges of a block lie together.
+                each = count * (1 if attention.latent is not None else 2)
+                messages[a] += each if turns == 1 else each / turns
+            senders |= {a for a, _ in pairs}
+        for device in senders:
             layers[device] += count
     return _route(
         network,
@@ -270,19 +290,20 @@ def store_route(
     }
     if store not in ways:
         raise TransferError(f"store {store!r}: expected one of {', '.join(ways)}")
-    tp, element = side.mapping.tp, DTYPE_BYTES[side.kv]
+    element = DTYPE_BYTES[side.kv]
     pieces: defaultdict[int, float] = defaultdict(float)
-    messages: Counter[int] = Counter()
+    messages: defaultdict[int, float] = defaultdict(int)
     layers: Counter[int] = Counter()
     for stage, own in enumerate(stage_layers(model, side.mapping)):
+        parts = side.parts(stage)
         for layer, count in Counter(own).items():
-            attention = layer.attention
-            units = 1 if attention.latent is not None else kv_heads_per_rank(attention, tp)
-            kept = tp if load else (1 if attention.latent is not None else attention.kv_heads // units)
-            for rank in (place * tp // kept for place in range(kept)):
-                device = side.device(stage, rank)
-                pieces[device] += count * units * element * _width(attention)
-                messages[device] += count * (1 if attention.latent is not None else 2)
+            attention, ranks = layer.attention, len(parts[0])
+            units = 1 if attention.latent is not None else kv_heads_per_rank(attention, ranks)
+            kept = ranks if load else (1 if attention.latent is not None else attention.kv_heads // units)
+            for device in (part[place * ranks // kept] for part in parts for place in range(kept)):
+                pieces[device] += count * units * element * _width(attention) / len(parts)
+                each = count * (1 if attention.latent is not None else 2)
+                messages[device] += each if len(parts) == 1 else each / len(parts)
                 layers[device] += count
     try:
         found = {(device, -1): ways[store][load](device) for device in pieces}

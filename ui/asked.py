@@ -11,14 +11,16 @@ from typing import get_args
 from hwmodels.errors import MappingError
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import Mapping
-from planner.catalogue import law_broken, mapping_of, scheduler_of
+from planner.catalogue import law_broken, mapping_of
 from planner.execute.records import Job
 from planner.execute.transformer import refused
 from planner.plan import Plan
 from planner.planfile import read_plan
 from planner.profiling.machine import Machine, open_machine
+from planner.scheduling import scheduler_of
 from planner.validation.run import Question, sized
-from simulator.scheduler import Policy, SchedulerConfig
+from simulator.policies import Policy
+from simulator.scheduler import SchedulerConfig
 from ui.questions import OptionError, Traffic
 
 #: What is not typed follows from the device: format, traffic, tokens and sequences of a step.
@@ -61,7 +63,14 @@ class Asked:
         reason = law_broken(shape, mapping)
         if reason is not None:
             raise MappingError(f"tp={mapping.tp} pp={mapping.pp}: breaks the law that {reason} of {shape.name}")
+        if plan is not None and plan.pools[0].expert_cache is not None:
+            raise MappingError(
+                f"{self.plan}: pools[0].expert_cache is {plan.pools[0].expert_cache}, expected null: experts that "
+                "are not on the device are simulated, not executed"
+            )
         reason = refused(shape, mapping)
+        if mapping.redundant_experts or mapping.expert_map is not None:
+            reason = "redundant experts or a map of its experts"
         if reason is not None:
             raise MappingError(f"{shape.name}: has {reason}, which is not executed; choose another model or degree")
         requests = traffic.requests(self.seed)

@@ -219,13 +219,78 @@ def plan_command(
     experts: Annotated[
         str | None, typer.Option(help="Formats of the routed experts [default: as the weights].", metavar="LIST")
     ] = None,
+    expert_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Parts of the experts that devices hold, such as 0.25,0.5, or 'fit' for the largest that fit; the "
+            "others are in the memory of the host [default: all, and 'fit' where nothing fits otherwise].",
+            metavar="LIST",
+        ),
+    ] = None,
+    expert_ladder: Annotated[
+        str | None,
+        typer.Option(
+            help="Formats of such experts, by what they matter to a token, such as bf16,int4.", metavar="LIST"
+        ),
+    ] = None,
+    cpu_threads: Annotated[
+        str | None, typer.Option(help="Threads of the host for each device that compute such experts.", metavar="LIST")
+    ] = None,
+    host_cpu: Annotated[
+        str | None, typer.Option(help="Processor of a node, with its memory [default: xeon-8592].", metavar="NAME")
+    ] = None,
     cost: Cost = "calibrated",
     routing: Routing = None,
+    experts_placed: Annotated[
+        bool,
+        typer.Option(
+            help="Where routing is recorded, place experts by it, with copies where these help, or leave them in order."
+        ),
+    ] = True,
     policy: Annotated[
-        str | None, typer.Option(help="Schedulers: chunked, prefill-first, orca, static.", metavar="LIST")
+        str | None, typer.Option(help="Schedulers: chunked, prefill-first, orca, static, layered.", metavar="LIST")
     ] = None,
     token_budget: Annotated[str | None, typer.Option(help="Tokens in a step.", metavar="LIST")] = None,
     max_seqs: Annotated[str | None, typer.Option(help="Sequences in a step.", metavar="LIST")] = None,
+    chunk_tokens: Annotated[
+        str | None,
+        typer.Option(help="Prompt tokens in a step, 'none' for what decodes leave [default: none].", metavar="LIST"),
+    ] = None,
+    group_tokens: Annotated[
+        str | None,
+        typer.Option(help="Prompt tokens for each group of layers, policy layered [default: 512].", metavar="LIST"),
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(help="Orders of the queue: fcfs, shortest, deadline, priority [default: fcfs].", metavar="LIST"),
+    ] = None,
+    ageing: Annotated[
+        float | None,
+        typer.Option(callback=_not_negative, help="Tokens that a second of waiting counts for, order shortest."),
+    ] = None,
+    deadlines: Annotated[
+        str | None,
+        typer.Option(help="TTFT aimed at, order deadline: 2s, or one for each class such as 1s,10s.", metavar="LIST"),
+    ] = None,
+    overlap: Annotated[
+        str | None,
+        typer.Option(help="Of collectives: none, fused-norm, two-way [default: none].", metavar="LIST"),
+    ] = None,
+    cp: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranks that a sequence's tokens lie on, such as 1,2,4; auto: powers of two where prompts are long "
+            "(p99 above 32,768 tokens) or nothing fits otherwise [default: 1].",
+            metavar="LIST",
+        ),
+    ] = None,
+    cp_kind: Annotated[
+        str | None,
+        typer.Option(
+            help="How they attend to one another's: ring, tokenring, ulysses, all-gather [default: ring].",
+            metavar="LIST",
+        ),
+    ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(callback=_above_zero, help="Time after which no further plan is tried [default: 13]."),
@@ -244,10 +309,13 @@ def plan_command(
     """
     from planner import Question, search
     from planner.catalogue import open_catalogue
+    from planner.expertbalance import balances
     from simulator.metrics import summarize
     from simulator.save import save_result
     from simulator.simulate import simulate
-    from ui import jsonout, prefixes, questions, rendering, saving, words
+    from ui import jsonout, offloadwords, prefixes, questions, rendering, saving, words
+    from ui.contextwords import with_context
+    from ui.schedulewords import schedules
     from ui.timelinefigure import run_figure
     from ui.waiting import bar
 
@@ -259,32 +327,45 @@ def plan_command(
     given = {"seconds": seconds, "tolerance": tolerance}
     at_hand = questions.devices(hardware or questions.HARDWARE, gpus)
     (hardware, gpus), *also = at_hand.items()
+    arriving = traffic.requests(seed)
     question = Question(
         model=questions.located(model or questions.MODEL),
         hardware=hardware,
         gpus=gpus,
-        requests=traffic.requests(seed),
+        requests=arriving,
         rate_per_s=rate,
         limits=questions.limits({"ttft": ttft, "tpot": tpot, "e2e": e2e}, questions.LIMITS),
         objective=objective,  # type: ignore[arg-type]  # checked by the question
         engine=engine,
-        choices=questions.choices(
-            hardware,
-            gpus,
-            weights=weights,
-            activations=activations,
-            kv=kv,
-            experts=experts,
-            policy=policy,
+        choices=with_context(
+            questions.choices(
+                hardware,
+                gpus,
+                weights=weights,
+                activations=activations,
+                kv=kv,
+                experts=experts,
+                policy=policy,
+                token_budget=token_budget,
+                max_seqs=max_seqs,
+                prefix_caching=None if prefix_caching is None else prefixes.known_caching(prefix_caching),
+                away=questions.away(expert_cache, expert_ladder, cpu_threads, host_cpu),
+                schedules=schedules(chunk_tokens, group_tokens, order, ageing, deadlines, overlap),
+                model=model or questions.MODEL,
+                also=dict(also),
+            ),
+            cp,
+            cp_kind,
+            prompt_tokens=arriving.prompt_tokens,
+            gpus=sum(at_hand.values()),
             token_budget=token_budget,
-            max_seqs=max_seqs,
-            prefix_caching=None if prefix_caching is None else prefixes.known_caching(prefix_caching),
         ),
         **({} if router is None else {"router": router, "pool_router": router}),  # type: ignore[arg-type]
         seed=seed,
         keep=keep,
         cost=cost,
         routing=questions.told(routing),
+        experts_placed=experts_placed,
         also=dict(also),
         serving=serving,  # type: ignore[arg-type]
         transfer=transfer,  # type: ignore[arg-type]
@@ -298,8 +379,9 @@ def plan_command(
         best = result.best
         asked = result.question
         catalogue = open_catalogue(
-            asked.model, asked.hardware, asked.gpus, asked.engine, asked.cost, asked.also, asked.routing
-        )
+            asked.model, asked.hardware, asked.gpus, asked.engine, asked.cost, asked.also, asked.routing,
+            placed=asked.experts_placed,
+        )  # fmt: skip
         arrivals = question.requests
         if isfinite(best.trial.rate_per_s):
             arrivals = arrivals.scaled_to_rate(best.trial.rate_per_s)
@@ -308,24 +390,40 @@ def plan_command(
         content = jsonout.plan_object(result, traffic.name, metrics, run.totals)
         if run.caching is not None:
             content["best"]["caching"] = prefixes.as_object(run.caching)
+        seated = balances(catalogue, best.plan)
         if catalogue.routing is not None:
-            content["routing"] = catalogue.routing.source
+            content |= {"routing": catalogue.routing.source, "experts": [asdict(one) for one in seated]}
+        away = offloadwords.experts_away(catalogue, best.plan)
+        note = offloadwords.note_on(asked, catalogue, best.plan)
+        if away:
+            content |= {"experts_away": away, "notes": [] if note is None else [note]}
+        maps: dict[str, str] = {}
         if save is not None:
             waiting.at("writing the results", None)
-            texts = saving.plan_text(best.plan), saving.ranking_text(result), jsonout.dumps(content) + "\n"
+            saved = best.plan
+            if seated:
+                from planner.placementfiles import plan_with_maps  # and its solvers
+
+                saved, maps = plan_with_maps(best.plan, catalogue)
+            texts = saving.plan_text(saved), saving.ranking_text(result), jsonout.dumps(content) + "\n"
             picture = run_figure(run, best.plan)
-            save_result(run, metrics, save, also=dict(zip(names, (*texts, picture), strict=True)))
+            save_result(run, metrics, save, also=dict(zip(names, (*texts, picture), strict=True)) | maps)
     if as_json:
         print(jsonout.dumps(content))
         return
+    if note is not None:
+        print(f"note: {words.printable(note)}", file=sys.stderr)
     out = rendering.console()
     rendering.show_plan(out, result, traffic.name, metrics, run.totals)
     if catalogue.routing is not None:
         rendering.say(out, words.routing(catalogue.routing, best.plan))
+    rendering.show_balances(out, seated, len(best.plan.pools), catalogue.routing)
+    offloadwords.show_experts_away(out, away, len(best.plan.pools))
     if run.caching is not None:
         rendering.say(out, prefixes.in_words(run.caching))
     if save is not None:
-        rendering.say(out, f"Saved to {save}: plan.yaml, plans.csv, result.json, timeline.svg and the best plan's run.")
+        files = ", ".join(("plan.yaml", *maps, "plans.csv", "result.json", "timeline.svg"))
+        rendering.say(out, f"Saved to {save}: {files} and the best plan's run.")
 
 
 @app.command("simulate")
@@ -390,11 +488,12 @@ def simulate_command(
 ) -> None:
     """Simulate one plan: all metrics by SLO class, and with --save the requests, metrics and a Perfetto timeline."""
     from planner.encoding import encoder_note
+    from planner.expertbalance import balances
     from simulator.metrics import Window, meets, replicate, summarize
     from simulator.save import save_result
     from simulator.simulate import simulate
     from simulator.workload import Workload as Load
-    from ui import jsonout, poolwords, prefixes, questions, rendering, saving, words
+    from ui import jsonout, offloadwords, poolwords, prefixes, questions, rendering, saving, words
     from ui.pictures import pictures
     from ui.timelinefigure import run_figure
     from ui.waiting import bar
@@ -447,8 +546,14 @@ def simulate_command(
         notes = [note for note in odd if note]
         content |= {"encode": None if use is None else asdict(use), "caching": prefixes.as_object(saved)}
         content |= {"notes": notes, "handed_over": poolwords.handed_over(first[0])}
+        away = offloadwords.experts_away(catalogue, chosen)
+        if away:
+            content["experts_away"] = away
+        seated = balances(catalogue, chosen)
         if catalogue.routing is not None:
             content["routing"] = catalogue.routing.source
+        if seated:
+            content["experts"] = [asdict(one) for one in seated]
         if save is not None:
             waiting.at("writing the results", None)
             texts = {"result.json": jsonout.dumps(content) + "\n", "timeline.svg": run_figure(first[0], chosen)}
@@ -473,6 +578,8 @@ def simulate_command(
     rendering.say(out, f"Step times rest on: {words.shares(evidence)}.")
     if catalogue.routing is not None:
         rendering.say(out, words.routing(catalogue.routing, chosen))
+    rendering.show_balances(out, seated, len(chosen.pools), catalogue.routing)
+    offloadwords.show_experts_away(out, away, len(chosen.pools))
     if save is not None:
         more = ", transfers.csv" * bool(len(first[0].transfers)) + ", links.csv" * bool(len(first[0].links))
         files = "requests.csv, requests.parquet, metrics.json, timeline.json, timeline.svg, result.json" + more
@@ -499,7 +606,12 @@ def export_command(
         catalogue.of(pool).require_fit(pool)
     nodes = {name: one.cluster.gpus_per_node for name, one in catalogue.others.items()}
     nodes[chosen.hardware] = catalogue.cluster.gpus_per_node
-    exported = export(chosen, engine or chosen.engine, nodes)
+    seats = None
+    if catalogue.maps:
+        from planner.placementfiles import seats_of  # and its solvers
+
+        seats = seats_of(catalogue.maps, catalogue.model)
+    exported = export(chosen, engine or chosen.engine, nodes, seats)
     if save is not None:
         saving.write_launch_files(save, exported.files)
     if as_json:
@@ -534,20 +646,23 @@ def explain_command(
     as_json: Json = False,
 ) -> None:
     """Show where the time of a step goes, operator by operator, and which resource binds it."""
+    from planner.expertbalance import balances
     from planner.explainplan import explain_plan
     from ui import jsonout, questions, rendering, words
 
     chosen, catalogue = questions.opened(plan, cost, routing)
     pools = explain_plan(catalogue, chosen, batch=batch, context=context, prefill=prefill)
-    routed = catalogue.routing
+    routed, seated = catalogue.routing, balances(catalogue, chosen)
     if as_json:
         content = jsonout.explanation_object(chosen, pools)
-        print(jsonout.dumps(content if routed is None else {**content, "routing": routed.source}))
+        content |= {} if routed is None else {"routing": routed.source}
+        print(jsonout.dumps(content | ({"experts": [asdict(one) for one in seated]} if seated else {})))
         return
     out = rendering.console()
     rendering.show_explanation(out, chosen, pools)
     if routed is not None:
         rendering.say(out, words.routing(routed, chosen))
+    rendering.show_balances(out, seated, len(chosen.pools), routed)
 
 
 @app.command("models")

@@ -6,7 +6,7 @@ Within a version keys are added, never renamed or removed.
 shardwise plan
     question     model, hardware, gpus, also {hardware: gpus}, serving, transfer, budget_usd_per_h, budget_w, engine,
                  router, pool_router, traffic, requests, rate_per_s (null: none demanded), limits, prefix_caching,
-                 objective, seed, seconds, tolerance
+                 experts_placed (by recorded routing), objective, seed, seconds, tolerance
     best         the first of `ranked`, and `metrics` and `totals` of it simulated with all its steps at `rate_per_s`,
                  as in `shardwise simulate`; `caching` too where prefixes are kept
     ranked       list of {plan, words, gpus_used, idle_gpus, value, unit, bound, tie, capacity_per_s, rate_per_s,
@@ -62,6 +62,12 @@ shardwise explain
     steps        list of {title, tokens, time_s, step_model_s, binding, bounds {resource: seconds}, mfu, mbu,
                  operators: list of {name, kind, count, time_s, share, flops, bytes, bound, algorithm, link, source}};
                  flops and bytes are sums over all launches on one device
+
+    With --routing, or a map of experts in the plan, `plan`, `simulate` and `explain` add
+    routing      source of the recorded routing; absent for uniform routing
+    experts      list of {pool, how (placed: by the routing, map: the plan's, order), expert_map, ranks,
+                 redundant_experts, in_order, busiest_over_mean}: choices of the busiest expert rank over the mean of
+                 all ranks, averaged over layers, with experts in order and as the plan has them
 
 shardwise models      models: list of {name, parameters, active_parameters, layers, hidden, attention, experts,
                       kv_bytes_per_token, max_context_tokens, published_parameters, source}; KV in 16 bit
@@ -149,6 +155,7 @@ def plan_object(result: SearchResult, traffic: str, metrics: Metrics, totals: Ru
             "rate_per_s": question.rate_per_s,
             "limits": [str(limit) for limit in question.limits],
             "prefix_caching": question.choices.prefix_caching,
+            "experts_placed": question.routing is not None and question.experts_placed,
             "objective": question.objective,
             "seed": question.seed,
             "seconds": question.seconds,

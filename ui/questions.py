@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import get_args
 
 from hwmodels.errors import ShardwiseError
 from hwmodels.hardware import MAX_GPUS, Device, load_cluster
+from hwmodels.huggingface import load_model, stored_weights
 from hwmodels.mapping import DTYPE_BYTES, WEIGHT_FORMATS, Precision
 from hwmodels.yamlfiles import is_path, shortened
 from planner import Plan, Question
 from planner.catalogue import Catalogue, format_problem, open_catalogue
 from planner.errors import PlanError
+from planner.offloadchoices import AwayChoices
 from planner.plan import PrefixCaching
 from planner.planfile import read_plan
+from planner.schedules import Schedules
 from planner.space import Choices
 from simulator.limits import Limit, parse_limit
-from simulator.scheduler import Policy
+from simulator.policies import Policy
 from simulator.traces import read_trace
 from simulator.workload import Requests, load_profile, synthesize
 
@@ -126,15 +130,26 @@ def policies(text: str) -> tuple[Policy, ...]:
 
 
 def formats(
-    device: Device, weights: str | None, activations: str | None, kv: str | None, experts: str | None = None
+    device: Device,
+    weights: str | None,
+    activations: str | None,
+    kv: str | None,
+    experts: str | None = None,
+    released: str | None = None,
 ) -> tuple[Precision, ...]:
-    """Every combination of the formats between commas; by default 16 bit where the device has it."""
+    """Every combination of the formats between commas; by default 16 bit where the device has it.
+
+    released   format of the model's checkpoint, None for 16 bit: what weights are kept and multiplied in where nothing
+               else is typed
+    """
     native = next((f for f in ("bf16", "fp16", "fp32", "int8", "fp8") if f in device.peak_flops_per_s), "bf16")
     lists: list[list[str | None]] = []
     stored, computed = list(WEIGHT_FORMATS), list(DTYPE_BYTES)
+    arithmetic = native if released is None else WEIGHT_FORMATS[released][1] or native
+    as_released = weights is None and activations is None and arithmetic in device.peak_flops_per_s
     for option, text, known, default in (
-        ("--weights", weights, stored, native),
-        ("--activations", activations, computed, native),
+        ("--weights", weights, stored, released if as_released and released is not None else native),
+        ("--activations", activations, computed, arithmetic if as_released else native),
         ("--kv", kv, computed, native),
         ("--experts", experts, stored, None),
     ):
@@ -161,12 +176,23 @@ def choices(
     token_budget: str | None,
     max_seqs: str | None,
     prefix_caching: PrefixCaching | None = None,
+    away: AwayChoices | None = None,
+    schedules: Schedules | None = None,
+    model: str | None = None,
+    also: Iterable[str] = (),
 ) -> Choices:
-    """What the search may vary; what was not typed is left at its default."""
+    """What the search may vary; what was not typed is left at its default.
+
+    model   whose checkpoint's format is the default where all devices, also those of `also`, multiply in it
+    """
     cluster = load_cluster(question_hardware, gpus)
-    every = formats(cluster.device, weights, activations, kv, experts)
+    released = None if model is None else stored_weights(model)
+    others = (load_cluster(name, 1).device for name in also)
+    if released is not None and any(WEIGHT_FORMATS[released][1] not in one.peak_flops_per_s for one in others):
+        released = None
+    every = formats(cluster.device, weights, activations, kv, experts, released)
     legal = tuple(precision for precision in every if format_problem(cluster, precision) is None)
-    found = Choices(precisions=legal or every)
+    found = Choices(precisions=legal or every, away=away)
     if policy is not None:
         found = replace(found, policies=policies(policy))
     if token_budget is not None:
@@ -175,7 +201,35 @@ def choices(
         found = replace(found, max_seqs=numbers("--max-seqs", max_seqs, MOST_SEQS))
     if prefix_caching is not None:
         found = replace(found, prefix_caching=prefix_caching)
-    return found
+    return found if schedules is None else replace(found, schedules=schedules)
+
+
+def away(cache: str | None, ladder: str | None, threads: str | None, host: str | None) -> AwayChoices | None:
+    """What may be varied where experts are not all on devices; None where nothing was typed.
+
+    >>> away("0.5,0.25", None, "0,16", None)
+    AwayChoices(caches=(0.25, 0.5), ladder=None, threads=(0, 16), host=None, pipelines=True)
+    """
+    if cache is None and ladder is None and threads is None and host is None:
+        return None
+    caches: set[float] = set()
+    for word in () if cache is None or cache.strip() == "fit" else cache.split(","):
+        try:
+            part = float(word)
+        except ValueError:
+            part = 0.0
+        if not 0 < part <= 1:
+            raise OptionError(
+                f"--expert-cache {cache}: {word!r} found, expected 'fit', or parts of the experts above 0 and at most 1"
+            )
+        caches.add(part)
+    formats_typed = None if ladder is None else tuple(word.strip() for word in ladder.split(","))
+    if formats_typed is not None and (len(formats_typed) != 2 or any(f not in WEIGHT_FORMATS for f in formats_typed)):
+        raise OptionError(f"--expert-ladder {ladder}: expected two of {', '.join(WEIGHT_FORMATS)}, such as bf16,int4")
+    words = ["0"] if threads is None else [word.strip() for word in threads.split(",")]
+    if not all(word.isascii() and word.isdecimal() and len(word) < 6 for word in words):
+        raise OptionError(f"--cpu-threads {threads}: expected whole numbers of at least 0, such as 0,16")
+    return AwayChoices(tuple(sorted(caches)), formats_typed, tuple(sorted({int(word) for word in words})), host)
 
 
 def check_rate(question: Question) -> None:
@@ -202,8 +256,13 @@ def opened(path: Path, cost: str = "calibrated", routing: Path | None = None) ->
     routing   a file of recorded routing; None for uniform routing
     """
     plan = read_plan(path)
+    maps = None
+    if any(pool.expert_map is not None for pool in plan.pools):
+        from planner.placementfiles import expert_maps  # and its solvers: only where there is a map
+
+        maps = expert_maps(plan, path.parent, load_model(plan.model))
     catalogue = open_catalogue(
-        plan.model, plan.hardware, plan.gpus, plan.engine, cost, plan.also, routing=told(routing)
+        plan.model, plan.hardware, plan.gpus, plan.engine, cost, plan.also, routing=told(routing), maps=maps
     )
     for index, pool in enumerate(plan.pools):
         most = {

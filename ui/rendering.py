@@ -16,6 +16,7 @@ from rich.text import Text
 from ui.servingtables import show_serving
 from ui.words import (
     at_hand,
+    balance,
     in_short,
     in_words,
     kept,
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from hwmodels.hardware import Cluster, Device
+    from hwmodels.routing import RoutingStats
     from hwmodels.shape import ModelShape
     from planner import Plan, SearchResult
+    from planner.expertbalance import Balance
     from planner.explain import Explanation, StepTimes
     from simulator.limits import Limit
     from simulator.metrics import ClassMetrics, Metrics
@@ -275,11 +278,26 @@ def _show_step(out: Console, step: StepTimes) -> None:
     resources = ", ".join(
         f"{name} {percent(time_s / step.time_s)}" for name, time_s in sorted(step.bounds.items(), key=lambda i: -i[1])
     )
+    for row in step.rows:
+        if row.hidden_s:
+            say(
+                out,
+                f"  {row.name} ({row.kind}): {seconds(row.hidden_s)} hidden in attention, "
+                f"{seconds(row.time_s)} exposed",
+            )
     say(
         out,
         f"  bound by {step.binding} ({resources}); MFU {percent(step.mfu)}, MBU {percent(step.mbu)}; "
         f"the step model's table says {seconds(step.step_model_s)}",
     )
+
+
+def show_balances(out: Console, found: Sequence[Balance], pools: int, routing: RoutingStats | None) -> None:
+    """Where the experts of each pool sit, and how busy its busiest rank is; `routing` None for uniform."""
+    for one in found:
+        say(out, balance(one, pools, "" if routing is None else routing.source))
+    if found and routing is None:
+        say(out, "No routing is recorded (--routing): tokens choose all experts alike.")
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hwmodels.routing import RoutingStats
     from hwmodels.shape import ModelShape
+    from planner.expertbalance import Balance
     from planner.plan import Plan, Pool
     from simulator.encode import EncodeUse
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 def cut(pool: Pool) -> str:
     """The degrees that are above 1, tp always."""
     degrees = {"pp": pool.pp, "attention_dp": pool.attention_dp, "ep": pool.ep, "expert_tp": pool.expert_tp}
-    return " ".join([f"tp={pool.tp}", *(f"{name}={degree}" for name, degree in degrees.items() if degree > 1)])
+    more = [f"redundant_experts={pool.redundant_experts}"] if pool.redundant_experts else []
+    more += [f"cp={pool.cp} ({pool.cp_kind})"] if pool.cp > 1 else []
+    return " ".join([f"tp={pool.tp}", *(f"{name}={degree}" for name, degree in degrees.items() if degree > 1), *more])
 
 
 def kept(pool: Pool) -> str:
@@ -25,7 +28,16 @@ def kept(pool: Pool) -> str:
         shared = pool.weights
     else:
         shared = f"{pool.weights} weights, {pool.activations} activations, {pool.kv} KV"
-    return shared if pool.experts is None else f"{pool.experts} experts, {shared}"
+    return (shared if pool.experts is None else f"{pool.experts} experts, {shared}") + away(pool)
+
+
+def away(pool: Pool) -> str:
+    """What of the experts devices hold, such as ', 18 % of the experts on devices, 32 host threads'; or nothing."""
+    if pool.expert_cache is None:
+        return ""
+    ladder = "" if pool.expert_ladder is None else f" in {'/'.join(pool.expert_ladder)}"
+    threads = f", {pool.cpu_threads} host threads a device" if pool.cpu_threads else ""
+    return f", {percent(pool.expert_cache)} of the experts on devices{ladder}{threads}"
 
 
 def remembered(pool: Pool) -> str:
@@ -75,14 +87,50 @@ def in_short(plan: Plan) -> str:
 
 def scheduling(plan: Plan) -> str:
     """Policies with the most sequences and tokens of a step, such as 'chunked 256/2048'."""
-    return " + ".join(f"{pool.policy} {pool.max_seqs}/{pool.token_budget}" for pool in plan.serving)
+    return " + ".join(f"{pool.policy} {pool.max_seqs}/{pool.token_budget}{brief(pool)}" for pool in plan.serving)
+
+
+def told(pool: Pool) -> str:
+    """What is unusual in the pool's schedule, to be added to its policy and budgets; empty where nothing is.
+
+    >>> from planner.plan import Pool
+    >>> told(Pool(1, chunk_tokens=256, order="shortest", ageing_tokens_per_s=50.0, overlap="two-way"))
+    ', prompts 256 tokens a step, shortest first (ageing 50 tokens/s), overlap two-way'
+    """
+    parts = []
+    if pool.chunk_tokens is not None:
+        parts.append(f"prompts {pool.chunk_tokens} tokens a step")
+    if pool.policy == "layered":
+        parts.append(f"a group of layers for every {pool.group_tokens} prompt tokens")
+    if pool.order == "shortest":
+        parts.append(f"shortest first (ageing {pool.ageing_tokens_per_s:g} tokens/s)")
+    elif pool.order == "deadline":
+        parts.append(f"earliest deadline first ({', '.join(f'{d:g} s' for d in pool.deadlines_s)})")
+    elif pool.order == "priority":
+        parts.append("by priority of classes")
+    if pool.overlap != "none":
+        parts.append(f"overlap {pool.overlap}")
+    return "".join(f", {part}" for part in parts)
+
+
+def brief(pool: Pool) -> str:
+    """The same in the fewest words, for tables.
+
+    >>> from planner.plan import Pool
+    >>> brief(Pool(1, chunk_tokens=256, order="shortest", overlap="two-way"))
+    ' chunk 256 shortest two-way'
+    """
+    words = [f"chunk {pool.chunk_tokens}"] if pool.chunk_tokens is not None else []
+    words += [f"group {pool.group_tokens}"] if pool.policy == "layered" and pool.group_tokens != 512 else []
+    words += [word for word, usual in ((pool.order, "fcfs"), (pool.overlap, "none")) if word != usual]
+    return "".join(f" {word}" for word in words)
 
 
 def in_words(plan: Plan) -> str:
     """What the plan runs, such as '4 replicas of tp=4 (chunked, ...) on 16 GPUs; 0 idle'."""
     kinds = [
         f"{part(pool)}{replicas(pool)} ({pool.policy}, up to {pool.max_seqs} sequences and {pool.token_budget} tokens "
-        f"a step, {kept(pool)}{remembered(pool)})"
+        f"a step{told(pool)}, {kept(pool)}{remembered(pool)})"
         if pool.role != "encode"
         else f"{workers(pool)} ({plan.encoder}, up to {pool.batch_tiles} tiles a batch)"
         for pool in plan.pools
@@ -178,6 +226,19 @@ def shares(parts: Mapping[str, float]) -> str:
 
 def routing(stats: RoutingStats, plan: Plan) -> str:
     """Which routing of tokens to experts step times rest on, in a sentence."""
-    spread = any(pool.ep > 1 for pool in plan.serving)
-    effect = "" if spread else ", of no effect where no replica spreads experts (ep above 1)"
+    spread = any(pool.ep > 1 or pool.expert_cache is not None for pool in plan.serving)
+    effect = "" if spread else ", of no effect where no replica spreads experts (ep above 1) or leaves some to its host"
     return f"Routing: {stats.source}{effect}."
+
+
+def balance(found: Balance, pools: int, source: str) -> str:
+    """How busy the busiest expert rank of a pool is, before and after; `source` of the routing.
+
+    Such as 'Experts placed from counts.json, 32 redundant: busiest rank 2.61x -> 1.01x the mean.'
+    """
+    how = {"placed": f"placed from {source}", "map": f"as in {found.expert_map}", "order": "in order"}[found.how]
+    where = f" of pool {found.pool + 1}" if pools > 1 else ""
+    more = f", {found.redundant_experts} redundant" if found.redundant_experts else ""
+    moved = found.how != "order" or found.redundant_experts > 0
+    before = f"{found.in_order:.2f}x -> " if moved else ""
+    return f"Experts{where} {how}{more}: busiest rank {before}{found.busiest_over_mean:.2f}x the mean."

@@ -64,6 +64,8 @@ def refused(model: ModelShape, mapping: Mapping) -> str | None:
     """The operator of the model or the degree that this engine does not have, in a few words; None if it has all."""
     if mapping.attention_dp > 1:
         return "attention-DP"
+    if mapping.cp > 1:
+        return "context parallelism"
     if any(layer.attention.latent is not None for layer in model.layers):
         return "latent attention (MLA)"
     if any(layer.attention.sinks for layer in model.layers):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hwmodels.errors import ProfileError
-from hwmodels.huggingface import load_model, load_profile, model_names, shape_from_config
+from hwmodels.huggingface import load_model, load_profile, model_names, shape_from_config, stored_weights
 
 LLAMA = {
     "model_type": "llama",
@@ -172,3 +172,33 @@ def test_any_configuration_is_read_or_refused_in_one_line(kind, changes):
         assert "\n" not in str(error)
     else:
         assert model.parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("quantization", "stored"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8_block"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "fp8"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "fp8"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, None),
+        ({"quant_method": "awq", "bits": 4}, None),
+        (None, None),
+        ("fp8", None),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_format_of_a_checkpoint_is_read(tmp_path, quantization, stored, nested):
+    inner = {"quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": inner} if nested else inner))
+    assert stored_weights(str(tmp_path)) == stored
+
+
+def test_shipped_checkpoints_with_block_scales():
+    assert [name for name in model_names() if stored_weights(name) == "fp8_block"] == [
+        "deepseek-r1", "deepseek-v3", "kimi-k2", "minimax-m2.5"
+    ]  # fmt: skip
+
+
+def test_the_format_of_an_unknown_model_is_refused():
+    with pytest.raises(ProfileError, match="unknown model"):
+        stored_weights("no-such-model")

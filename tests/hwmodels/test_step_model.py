@@ -19,6 +19,8 @@ from hwmodels.roofline import AnalyticCost
 from hwmodels.step_model import (
     compile_step_model,
     decode_operators,
+    group_run,
+    kept,
     linear_operators,
     prefill_operators,
     shared_operators,
@@ -50,7 +52,7 @@ class Case:
         )
 
     def price(self, found) -> float:
-        return sum(float(self.cost.time_s(op)) for op in found)
+        return sum(float(self.cost.time_s(op) * kept(op, self.cost, ENGINE)) for op in found)
 
     def direct(self, sequences: int, context: int, items, stage: int = 0) -> float:
         """Seconds of one group's batch in one stage, every operator priced at its very size."""
@@ -148,7 +150,7 @@ def test_a_run_is_the_steps_it_stands_for(cases, name):
             if j < count:
                 single = steps.step_s(sequences, context + j * sequences, ())
                 assert first + j * slope == pytest.approx(single, rel=1e-9)
-        group_first, group_slope, group_count = steps.group_run(sequences, context)
+        group_first, group_slope, group_count = group_run(steps.stages[0], sequences, context)
         assert group_first + steps.overhead_s(sequences, False) == pytest.approx(first, rel=1e-12)
         assert (group_slope, group_count) == (pytest.approx(slope, rel=1e-12), count)
         ((stage_first, stage_slope),), stage_count = steps.stages_run(sequences, context)
@@ -172,6 +174,7 @@ def test_one_stage_and_one_group_agree_with_a_step(cases, name, batch):
     expected = steps.step_s(sequences, context, items)
     assert steps.stages_s(sequences, context, items) == [pytest.approx(expected, rel=1e-12)]
     assert steps.lockstep_s([(sequences, context, items)]) == pytest.approx(expected, rel=1e-12)
+    assert steps.lockstep_stages_s([(sequences, context, items)]) == steps.stages_s(sequences, context, items)
 
 
 @settings(max_examples=300, deadline=None)
@@ -240,6 +243,32 @@ def test_groups_wait_for_the_slowest_and_share_the_experts():
     assert step == pytest.approx(expected, rel=0.01)
     assert case.steps.lockstep_s([large, small]) == case.steps.lockstep_s([small, large])
     assert case.steps.lockstep_s([large, small]) > case.steps.lockstep_s([small, small])
+
+
+def test_groups_in_stages_have_the_work_of_groups_in_one():
+    """Both stages of DeepSeek-V3 together take what one stage of all layers takes; each has its own experts' part."""
+    one = Case("deepseek-v3", Mapping(attention_dp=8, ep=8)).steps
+    two = Case("deepseek-v3", Mapping(attention_dp=8, ep=8, pp=2)).steps
+    for batch in ((4, 4000, []), (64, 64_000, [(512, 0)]), (0, 0, [(2048, 2048)])):
+        times = two.lockstep_stages_s([batch] * 8)
+        assert sum(times) == pytest.approx(one.lockstep_s([batch] * 8), rel=1e-3)
+        assert min(times) > 0.4 * sum(times)
+    assert min(tables.shared[2048] for tables in two.stages) > 0.4 * one.stages[0].shared[2048]
+
+
+def test_shared_experts_hide_behind_the_dispatch_where_the_engine_lets_them():
+    case = Case("deepseek-v3", Mapping(attention_dp=8, ep=8))
+    alone = replace(ENGINE, overlaps_shared_experts=False)
+    for tokens in (8.0, 8 * 512.0, 8 * 8192.0):
+        found = shared_operators(case.model, case.model.layers, np.array(tokens), case.mapping, BF16)
+        dispatch = next(op for op in found if isinstance(op, ops.ExpertExchange) and op.phase == "dispatch")
+        assert [op.name for op in dispatch.beside] == [op.name for op in found if op.name.startswith("shared expert")]
+        arithmetic = sum(float(case.cost.time_s(op)) for op in dispatch.beside)
+        together = arithmetic + float(case.cost.time_s(dispatch) * kept(dispatch, case.cost, ENGINE))
+        assert together == pytest.approx(max(arithmetic, float(case.cost.time_s(dispatch))))
+        assert kept(dispatch, case.cost, alone) == 1.0
+        combine = next(op for op in found if isinstance(op, ops.ExpertExchange) and op.phase == "combine")
+        assert kept(combine, case.cost, ENGINE) == 1.0
 
 
 def test_without_groups_nothing_is_shared(cases):

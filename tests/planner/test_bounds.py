@@ -17,9 +17,10 @@ from planner.bounds import Screen, demand, lower_hull, stage_bound
 from planner.catalogue import Catalogue, open_catalogue
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.limits import Limit, attainment
+from simulator.policies import Policy
 from simulator.result import latencies
 from simulator.routers import ROUTERS
-from simulator.scheduler import Policy, SchedulerConfig
+from simulator.scheduler import SchedulerConfig
 from simulator.simulate import run
 from simulator.workload import Requests
 
@@ -39,6 +40,8 @@ CUTS = [
     ("qwen3-30b-a3b", "h100-sxm", Mapping(attention_dp=8, ep=8), FP8),
     ("qwen3-30b-a3b", "h100-sxm", Mapping(tp=2, attention_dp=3, ep=2, expert_tp=3), Precision()),
     ("qwen3-30b-a3b", "h100-sxm", Mapping(tp=2, pp=2, ep=2), Precision()),
+    ("deepseek-v2-lite", "h100-sxm", Mapping(attention_dp=2, ep=2, pp=2), Precision()),
+    ("qwen3-30b-a3b", "h100-sxm", Mapping(tp=2, attention_dp=2, ep=4, pp=2), FP8),
 ]
 
 
@@ -161,7 +164,7 @@ def test_coefficients_are_below_every_step(cut: int) -> None:
             tokens = [n + sum(new for new, _ in chunks) for n, _, chunks in batches]
             if not sum(tokens):
                 continue
-            takes_s = model.lockstep_s(batches) if groups > 1 else model.stages_s(*batches[0])[stage]
+            takes_s = model.lockstep_stages_s(batches)[stage]
             mean = sum(tokens) / groups
             low = int(mean)
             part = bound.hull[low] + (mean - low) * (bound.hull[low + 1] - bound.hull[low])

@@ -24,6 +24,11 @@ POOLS = {
         16,
         Pool(1, attention_dp=16, ep=16, weights="fp8", activations="fp8", max_seqs=64),
     ),
+    "attention-DP in stages": (
+        "deepseek-v3",
+        16,
+        Pool(1, attention_dp=8, ep=8, pp=2, weights="fp8", activations="fp8", max_seqs=64),
+    ),
 }
 
 

@@ -99,6 +99,29 @@ def test_links_are_those_of_the_cluster() -> None:
     assert catalogue.deployment(replace(PLAN, pools=(replace(POOL, host_kv_gb=None, ssd_kv_gb=None),))).tiers is None
 
 
+def test_lanes_of_attention_groups_in_stages_reach_the_links_of_their_group() -> None:
+    """Lane = micro-batch * groups + group: KV of one group goes over the links of its ranks of every stage."""
+    pool = Pool(1, attention_dp=2, ep=2, pp=2, prefix_caching="lru", host_kv_gb=50.0, max_context_tokens=8192)
+    plan = Plan("deepseek-v2-lite", "h100-sxm", 4, (pool,))
+    catalogue = open_catalogue(plan.model, plan.hardware, plan.gpus, plan.engine)
+    tiers = catalogue.deployment(plan).tiers
+    assert tiers is not None
+    ways = [tiers.way(0, lane, "host", HBM) for lane in range(4)]
+    assert ways[0] == ways[2] and ways[1] == ways[3]
+    assert not set(ways[0].links) & set(ways[1].links)
+    assert len(ways[0].links) == 2  # a rank in each of two stages
+    pools = (
+        Pool(1, attention_dp=2, ep=2, pp=2, role="prefill", max_context_tokens=8192),
+        Pool(1, attention_dp=2, ep=2, role="decode", max_context_tokens=8192),
+    )
+    plan = replace(plan, gpus=6, pools=pools)
+    handover = open_catalogue(plan.model, plan.hardware, plan.gpus, plan.engine).deployment(plan).handover
+    assert handover is not None
+    routes = [handover.route(0, lane, 1, 0) for lane in range(4)]
+    assert routes[0] == routes[2] and routes[1] == routes[3]
+    assert set(routes[0].links) != set(routes[1].links)
+
+
 @pytest.mark.parametrize(
     ("engine", "off", "on"),
     [

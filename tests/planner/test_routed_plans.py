@@ -18,19 +18,20 @@ from hwmodels.kernels.estimate import Estimate
 from hwmodels.kernels.expert_routing import load
 from hwmodels.kernels.measured import ROUTING, MeasuredCost
 from hwmodels.mapping import Mapping, Precision
-from hwmodels.operators import Communication, Experts, expert_feed_forward
+from hwmodels.operators import Communication, ExpertExchange, Experts, expert_feed_forward
 from hwmodels.roofline import AnalyticCost
-from hwmodels.routedcost import RoutedCost
+from hwmodels.routedcost import RoutedCost, typical_layers
 from hwmodels.routing import RoutingError, RoutingStats, uniform
 from planner import Question
 from planner.catalogue import Catalogue, mapping_of, open_catalogue, precision_of
 from planner.errors import PlanError
 from planner.explain import explain
 from planner.families import _Comparison
-from planner.placement import Problem
+from planner.placement import Placement, Problem
 from planner.placementbaselines import contiguous, eplb, greedy
+from planner.placementfiles import filled, slot_maps
 from planner.plan import Pool
-from planner.routedranks import shares_of_ranks
+from planner.routedranks import ExpertMap, in_order, shares_of_ranks
 from planner.search import Search
 from simulator.limits import Limit
 from simulator.routingdraws import synthesize
@@ -42,8 +43,8 @@ MIXTRAL = "mixtral-8x7b"
 DEEPSEEK = Pool(1, attention_dp=32, ep=32, weights="fp8", activations="fp8", max_seqs=256)
 
 
-def opened(routing: RoutingStats | None = None, placement: np.ndarray | None = None) -> Catalogue:
-    return open_catalogue(MIXTRAL, "h100-sxm", 8, "vllm", routing=routing, placement=placement)
+def opened(routing: RoutingStats | None = None) -> Catalogue:
+    return open_catalogue(MIXTRAL, "h100-sxm", 8, "vllm", routing=routing)
 
 
 def uneven(model: str, skew: float, seed: int = 0) -> RoutingStats:
@@ -105,24 +106,19 @@ def test_uneven_experts_are_never_quicker_where_all_are_busy(ep: int, skew: floa
 def test_a_placement_takes_time_off_an_uneven_step(pack) -> None:
     stats = uneven("deepseek-v3", 0.8)
     spare = 32 if pack is eplb else 0
-    problem = Problem(stats.loads, None, 32, 8 + spare // 32, spare, tokens=1.0)
 
-    def step(split: np.ndarray | None) -> tuple[float, float]:
-        catalogue = open_catalogue("deepseek-v3", "h100-sxm", 32, "sglang", routing=stats, placement=split)
-        return steps(catalogue, DEEPSEEK, 128, 4096)
+    def map_of(placement: Placement, problem: Problem) -> ExpertMap:
+        return ExpertMap(slot_maps(problem, filled(problem, placement.holds)), stats.experts)
 
-    in_order, packed, nothing = step(contiguous(problem).split), step(pack(problem).split), step(None)
-    assert in_order == pytest.approx(nothing)
-    assert packed[0] < in_order[0] and packed[1] < 0.9 * in_order[1]
-
-
-def test_a_placement_for_other_ranks_leaves_experts_in_their_order() -> None:
-    stats = uneven(MIXTRAL, 0.5)
-    placed = greedy(Problem(stats.loads, None, 4, 2)).split
-    for ep, same in ((2, True), (4, False)):
-        found, plain = (shares_of_ranks(stats, ep, p) for p in (placed, None))
-        assert np.array_equal(found, plain) == same
-        assert np.allclose(found.sum(axis=1), 1)
+    plain, more = (Problem(stats.loads, None, 32, 8 + extra // 32, extra, tokens=1.0) for extra in (0, spare))
+    maps = {"ordered": map_of(contiguous(plain), plain), "packed": map_of(pack(more), more)}
+    catalogue = open_catalogue("deepseek-v3", "h100-sxm", 32, "sglang", routing=stats, maps=maps)
+    nothing, ordered, packed = (
+        steps(catalogue, replace(DEEPSEEK, expert_map=name, redundant_experts=redundant), 128, 4096)
+        for name, redundant in ((None, 0), ("ordered", 0), ("packed", spare))
+    )
+    assert ordered == pytest.approx(nothing)
+    assert packed[0] < nothing[0] and packed[1] < 0.9 * nothing[1]
 
 
 def test_prices_are_the_plain_ones_without_expert_ranks() -> None:
@@ -141,7 +137,7 @@ def test_rows_touched_experts_and_gathered_bytes_are_those_of_the_busiest_rank()
     stats, mapping = uneven(MIXTRAL, 0.6), Mapping(tp=2, attention_dp=4, ep=4, expert_tp=2)
     cost = opened(stats).prices(mapping)
     assert isinstance(cost, RoutedCost)
-    table = busiest_rank(stats, shares_of_ranks(stats, 4, None))
+    table = busiest_rank(stats, shares_of_ranks(in_order(32, 8), 4))
     tokens = np.array([0.0, 1.0, 3.0, 64.0, 100.0, 1e4, 2.0**17])
     found = experts_of(mapping, tokens)
     kernel = next(op for op in found if isinstance(op, Experts))
@@ -156,10 +152,33 @@ def test_rows_touched_experts_and_gathered_bytes_are_those_of_the_busiest_rank()
     assert len(gathers) == 2
     for op in gathers:
         assert cost.routed(op).bytes[1:] == pytest.approx(op.bytes[1:] * routed.rows[1:] / kernel.rows[1:])
+    exchanges = [op for op in found if isinstance(op, ExpertExchange)]
+    assert [op.phase for op in exchanges] == ["dispatch", "combine"]
+    for op in exchanges:
+        assert (cost.time_s(op)[1:] >= cost.inner.time_s(op)[1:]).all()
+        assert cost.time_s(op)[-1] > 1.05 * cost.inner.time_s(op)[-1]
     for op in found:
-        if op is not kernel and op not in gathers:
+        if op is not kernel and op not in gathers and op not in exchanges:
             assert cost.routed(op) is op
             assert cost.time_s(op) == pytest.approx(cost.inner.time_s(op))
+
+
+def test_exchanges_of_even_routing_take_as_long_as_without_statistics() -> None:
+    stats, mapping = uniform(load_model(MIXTRAL)), Mapping(attention_dp=8, ep=8)
+    cost = opened(stats).prices(mapping)
+    assert isinstance(cost, RoutedCost)
+    for op in experts_of(mapping, np.array([8.0, 512.0, 1e5])):
+        if isinstance(op, ExpertExchange):
+            # Shares draw choices independently: a token meets an eighth of its second choices on the first's rank.
+            assert cost.time_s(op) == pytest.approx(cost.inner.time_s(op), rel=0.1)
+
+
+@pytest.mark.parametrize(("layers", "kept"), [(3, 3), (8, 8), (58, 8)])
+def test_a_few_layers_stand_for_all_in_exchanges(layers: int, kept: int) -> None:
+    shares = np.random.default_rng(1).dirichlet(np.ones(4), layers)
+    typical = typical_layers(shares)
+    assert len(typical) == kept and {tuple(row) for row in typical} <= {tuple(row) for row in shares}
+    assert typical.max(axis=1).mean() == pytest.approx(shares.max(axis=1).mean(), rel=0.05)
 
 
 def test_measured_kernels_are_scaled_from_the_routing_they_were_timed_under() -> None:
@@ -167,7 +186,7 @@ def test_measured_kernels_are_scaled_from_the_routing_they_were_timed_under() ->
     cluster = opened().cluster
     moe = SimpleNamespace(time_s=lambda dtype, tokens, *a, **k: Estimate(1e-6 * tokens, np.ones_like(tokens)))
     plain = MeasuredCost(cluster, mapping, SimpleNamespace(moe=moe, gemm=None, collective=None))  # type: ignore[arg-type]
-    cost = RoutedCost(plain, busiest_rank(stats, shares_of_ranks(stats, 4, None)))
+    cost = RoutedCost(plain, busiest_rank(stats, shares_of_ranks(in_order(32, 8), 4)))
     kernel = next(op for op in experts_of(mapping, np.array([4.0, 512.0, 8192.0])) if isinstance(op, Experts))
     timed = load(kernel.tokens, 8, 2, 4, ROUTING)
     analytic = AnalyticCost(cluster, mapping)
@@ -220,14 +239,17 @@ def test_routing_of_another_model_is_refused(recording: Path) -> None:
         open_catalogue(MIXTRAL, "h100-sxm", 8, "vllm", routing="nowhere.json")
 
 
-def test_a_placement_of_other_experts_is_refused() -> None:
-    stats = uniform(load_model(MIXTRAL))
-    with pytest.raises(PlanError, match="expected 32 layers x 8 experts x ranks"):
-        opened(stats, np.ones((32, 4, 1)))
-    with pytest.raises(PlanError, match=r"layer 0, expert 0: its parts on ranks sum to 2; expected"):
-        opened(stats, np.ones((32, 8, 2)))
-    with pytest.raises(PlanError, match="without routing"):
-        opened(None, np.ones((32, 8, 1)))
+def test_a_map_of_other_experts_is_refused() -> None:
+    maps = {"few": in_order(32, 4), "short": in_order(31, 8), "more": in_order(32, 8, 4)}
+    catalogue = open_catalogue(MIXTRAL, "h100-sxm", 8, "vllm", maps=maps)
+    for name, told in (
+        ("few", "32 layers of 4 experts; expected 32 layers of 8"),
+        ("short", "31 layers of 8 experts; expected 32 layers of 8"),
+        ("more", "12 slots a layer; expected 8 .*; set redundant_experts to 4"),
+        ("none", "no such map is known"),
+    ):
+        with pytest.raises(PlanError, match=f"expert_map '{name}': {told}"):
+            catalogue.prices(Mapping(tp=4, ep=4, expert_map=name))
 
 
 def test_commands_say_which_routing_they_go_by(recording: Path, tmp_path: Path, capsys) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hwmodels.hardware import load_cluster
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import Mapping, Precision
-from planner.catalogue import Catalogue, law_broken, mapping_of, open_catalogue, scheduler_of
+from planner.catalogue import Catalogue, law_broken, mapping_of, open_catalogue
+from planner.scheduling import scheduler_of
 from planner.space import Choices, divisors, enumerate_pools, mappings, placement_broken, replicas_that_fit
 
 SMALL = Choices(token_budgets=(512, 2048), max_seqs=(64, 1024))

@@ -12,20 +12,25 @@ from hypothesis import strategies as st
 
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.step_model import StepModel
-from planner.catalogue import Catalogue, open_catalogue, scheduler_of
+from planner.catalogue import Catalogue, open_catalogue
 from planner.plan import Pool
+from planner.scheduling import scheduler_of
 from planner.trial import Extremes, attempt, capacity
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.errors import TraceError
 from simulator.limits import Limit
+from simulator.policies import Policy
 from simulator.routers import ROUTERS
-from simulator.scheduler import Policy
 from simulator.simulate import run
 from simulator.workload import Requests
 
 MAX_TOKENS, MAX_SEQS = 1024, 64
 MAPPINGS = [Mapping(), Mapping(pp=2), Mapping(tp=2, pp=3)]
-GROUPED = [Mapping(attention_dp=2, ep=2), Mapping(attention_dp=4, expert_tp=4)]
+GROUPED = [
+    Mapping(attention_dp=2, ep=2),
+    Mapping(attention_dp=4, expert_tp=4),
+    Mapping(attention_dp=2, ep=2, pp=2),
+]
 
 
 @cache

@@ -16,7 +16,8 @@ from hwmodels.step_model import Pieces, StepModel, Tables, compile_step_model
 from planner.catalogue import open_catalogue
 from planner.plan import Plan, Pool
 from simulator.deployment import Deployment, ReplicaSpec
-from simulator.scheduler import Policy, SchedulerConfig
+from simulator.policies import Policy
+from simulator.scheduler import SchedulerConfig
 from simulator.simulate import run
 from simulator.workload import Fixed, Independent, Poisson, Requests, draw_requests
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from planner.execute.batch import Batch
 from planner.execute.kvcache import BlockTables
 from planner.execute.lane import Lane
-from simulator.scheduler import Policy, SchedulerConfig
+from simulator.policies import Policy
+from simulator.scheduler import SchedulerConfig
 
 BLOCK_TOKENS, VOCAB = 4, 9973
 POLICIES: tuple[Policy, ...] = ("chunked", "prefill-first", "orca", "static")

@@ -19,7 +19,8 @@ from hwmodels.errors import MappingError
 from hwmodels.mapping import Mapping
 from hwmodels.shape import Attention, FeedForward, Latent, Layer, ModelShape
 from planner.errors import PlanError
-from simulator.scheduler import Policy, SchedulerConfig
+from simulator.policies import Policy
+from simulator.scheduler import SchedulerConfig
 
 torch: Any = pytest.importorskip("torch")
 
