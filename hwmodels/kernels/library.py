@@ -17,6 +17,7 @@ from hwmodels.kernels.aiconfigurator import Wheel, open_wheel
 from hwmodels.kernels.attention import DecodeTimes, LatentDecodeTimes, LatentPrefillTimes, PrefillTimes
 from hwmodels.kernels.cache import cached, fingerprint
 from hwmodels.kernels.collective import CollectiveTimes
+from hwmodels.kernels.exchange import ExchangeTimes
 from hwmodels.kernels.gemm import BatchedGemmTimes, GemmTimes
 from hwmodels.kernels.moe import MoeTimes
 from hwmodels.kernels.moe_sound import sound
@@ -42,6 +43,7 @@ class Kernels:
     mla_prefill: LatentPrefillTimes | None
     mla_decode: LatentDecodeTimes | None
     collective: CollectiveTimes | None
+    exchange: ExchangeTimes | None = None
 
 
 class _Model(Protocol):
@@ -95,6 +97,7 @@ def open_kernels(device: Device, choice: Mapping[str, str], wheel: Wheel | None 
         mla_prefill=load(LatentPrefillTimes, "mla_prefill"),
         mla_decode=load(LatentDecodeTimes, "mla_decode"),
         collective=load(CollectiveTimes, "collective"),
+        exchange=load(ExchangeTimes, "expert_exchange"),
     )
 
 

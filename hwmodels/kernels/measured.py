@@ -16,6 +16,7 @@ from hwmodels.operators import (
     AttentionCore,
     Communication,
     ContextAttention,
+    ExpertExchange,
     Experts,
     Gemm,
     Operator,
@@ -25,18 +26,20 @@ from hwmodels.roofline import AnalyticCost, attention_format, product_format
 
 #: Popularity of experts: the measured distribution nearest to what serving shows (see hwmodels.kernels.expert_routing).
 ROUTING = "recorded"
+#: Share by which an exchange may differ from the one that was timed and still count as measured.
+EVEN = 0.02
 
 
 class MeasuredCost:
     """Prices operators from measured kernels; one per (cluster, mapping, engine).
 
-    Norms, activations and embeddings were not timed apart, nor groups that span nodes: the roofline prices these.
+    Norms, activations and embeddings were not timed apart, nor collectives that span nodes: the roofline prices these.
     """
 
     def __init__(self, cluster: Cluster, mapping: Mapping, kernels: Kernels) -> None:
         self.kernels = kernels
         self.analytic = AnalyticCost(cluster, mapping)
-        per_node = cluster.gpus_per_node
+        self.per_node = per_node = cluster.gpus_per_node
         self.within = {
             name: len({rank // per_node for rank in ranks}) == 1 for name, ranks in self.analytic.groups.items()
         }
@@ -75,7 +78,7 @@ class MeasuredCost:
             return self._prefill(op) if op.phase == "prefill" else self._decode(op)
         if isinstance(op, Communication):
             return self._communication(op)
-        return None
+        return self._exchange(op) if isinstance(op, ExpertExchange) else None
 
     def _gemm(self, op: Gemm) -> Estimate | None:
         dtype, m = product_format(op.precision), np.maximum(op.m, 1.0)
@@ -117,6 +120,25 @@ class MeasuredCost:
             op.heads, op.kv_heads, op.qk_dim, op.window_tokens or 0, attention_format(op.precision), op.precision.kv,
             batch, context,
         )  # fmt: skip
+
+    def _exchange(self, op: ExpertExchange) -> Estimate | None:
+        """Tables have even routing and dispatch in fp8: others by what the roofline tells of the two.
+
+        Beyond the groups and sizes that were timed the links decide, which other groups' timings do not know of.
+        """
+        ranks = self.analytic.groups["ep"]
+        if self.kernels.exchange is None or len(ranks) == 1:
+            return None
+        nodes = len({rank // self.per_node for rank in ranks})
+        tokens = np.maximum(op.tokens, 1.0)
+        found = self.kernels.exchange.time_s(op.phase, len(ranks), nodes, tokens, op.hidden, op.experts, op.top_k)
+        if found is None or not found.measured.any():
+            return None
+        timed = replace(op, tokens=tokens, formats=("fp8", "bf16"), max_nodes=None, shares=None)
+        asked = self.analytic.time_s(replace(op, tokens=tokens, count=1))
+        ratio = asked / self.analytic.time_s(replace(timed, count=1))
+        seconds = np.where(found.measured > 0, found.seconds * ratio, asked)
+        return Estimate(seconds, found.measured * (np.abs(ratio - 1) < EVEN))
 
     def _communication(self, op: Communication) -> Estimate | None:
         ranks = self.analytic.groups[op.group]

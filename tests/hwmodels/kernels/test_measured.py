@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,12 +15,13 @@ from hwmodels.engine import Engine
 from hwmodels.evidence import evidence
 from hwmodels.hardware import load_cluster
 from hwmodels.huggingface import load_model
+from hwmodels.kernels.estimate import Estimate
 from hwmodels.kernels.gemm import GemmTimes
 from hwmodels.kernels.library import Kernels, without_scaling
 from hwmodels.kernels.measured import MeasuredCost
 from hwmodels.kernels.table import checked
 from hwmodels.mapping import Mapping, Precision
-from hwmodels.operators import Elementwise, Gemm
+from hwmodels.operators import Elementwise, ExpertExchange, Gemm
 from hwmodels.roofline import AnalyticCost, attention_format, product_format
 from hwmodels.step_model import CostModel, compile_step_model
 
@@ -123,3 +128,35 @@ def test_static_scales_need_no_search():
     assert np.array_equal(both.seconds_y[~at], both.seconds_x[~at])
     wide = gemm_rows("bf16").head(14)
     assert np.array_equal(without_scaling(wide, quantize).seconds, wide.seconds)
+
+
+def exchanged(mapping: Mapping, formats: tuple[str, str], tokens: list[float], **changes: Any) -> ExpertExchange:
+    return ExpertExchange("expert dispatch", "dispatch", np.array(tokens), 7168, 256, 8, mapping.ep, formats, **changes)
+
+
+def test_measured_exchanges_price_steps_where_there_are_some() -> None:
+    """As the table says for what was timed; other formats, limits and loads by the roofline's ratio; else the links."""
+    cluster, mapping = load_cluster("h200-sxm", 32), Mapping(attention_dp=32, ep=32)
+    known = SimpleNamespace(
+        time_s=lambda kind, gpus, nodes, tokens, hidden, experts, top_k: Estimate(
+            gpus * nodes * 1e-7 * tokens, np.where(tokens <= 1024, 1.0, 0.0)
+        )
+    )
+    none = {"gemm": None, "batched_gemm": None, "moe": None, "collective": None}
+    cost = MeasuredCost(cluster, mapping, SimpleNamespace(exchange=known, **none))  # type: ignore[arg-type]
+    op = exchanged(mapping, ("fp8", "bf16"), [16.0, 1024.0, 4096.0], count=3)
+    analytic = cost.analytic.time_s(op)
+    assert cost.time_s(op) == pytest.approx([3 * 128e-7 * 16, 3 * 128e-7 * 1024, analytic[2]])
+    assert cost.sources(op) == {
+        "measured": pytest.approx(float(cost.time_s(op)[:2].sum())), "extended": pytest.approx(float(analytic[2]))
+    }  # fmt: skip
+    wide = exchanged(mapping, ("bf16", "bf16"), [16.0, 1024.0, 4096.0], count=3)
+    assert cost.time_s(wide)[:2] == pytest.approx((cost.time_s(op) * cost.analytic.time_s(wide) / analytic)[:2])
+    assert cost.sources(wide)["measured"] == 0.0
+    skewed = replace(op, shares=np.random.default_rng(0).dirichlet(np.ones(32), 2))
+    assert cost.time_s(skewed) == pytest.approx(cost.time_s(op) * cost.analytic.time_s(skewed) / analytic)
+    assert (cost.time_s(skewed) > cost.time_s(op)).all()
+    alone = MeasuredCost(cluster, mapping, SimpleNamespace(exchange=None, **none))  # type: ignore[arg-type]
+    assert alone.time_s(op) == pytest.approx(analytic)
+    one = MeasuredCost(cluster, Mapping(attention_dp=8, expert_tp=8), SimpleNamespace(exchange=known, **none))  # type: ignore[arg-type]
+    assert (one.time_s(exchanged(Mapping(), ("fp8", "bf16"), [16.0])) == 0).all()
