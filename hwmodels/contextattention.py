@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,15 @@ class Prices(Protocol):
 
     def sources(self, op: Operator) -> dict[str, float]:
         """The same seconds, summed, by what they rest on."""
+        ...
+
+
+@runtime_checkable
+class ContextPrices(Protocol):
+    """What prices attention over several ranks in parts; AnalyticCost and MeasuredCost do."""
+
+    def context(self, op: ContextAttention) -> ContextTimes:
+        """One launch of the operator."""
         ...
 
 

@@ -24,7 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hwmodels.errors import MappingError
 from hwmodels.mapping import DTYPE_BYTES, Precision
-from hwmodels.operators import Kind, kv_heads_per_rank, wire_bytes
+from hwmodels.operators import Kind as Kind
+from hwmodels.operators import kv_heads_per_rank, wire_bytes
 from hwmodels.shape import Attention
 
 Array = NDArray[np.float64]

@@ -130,7 +130,7 @@ def overlapped_s(
     kinds = dict.fromkeys(layers)
     alone = {layer: sum((price(op) for op in of(layer, tokens)), np.zeros(shape)) for layer in kinds}
     whole: Array = sum((alone[layer] for layer in layers), np.zeros(shape))
-    if overlap != "two-way":
+    if overlap != "two-way" or not layers:
         return whole
     slower = units / max(1, units - UNITS)
     best = np.full(shape, np.inf)

@@ -491,7 +491,9 @@ def compile_step_model(
 
     def layer_groups() -> LayerGroups:
         def tables(layers: Sequence[Layer], first: bool = False) -> Tables:
-            return tabulate(model, layers, mapping, precision, measure, **limits, first=first, last=False, layers_s=cut)
+            return tabulate(
+                model, layers, mapping, precision, measure, **limits, first=first, last=False, layers_s=cut, even=False
+            )
 
         return LayerGroups(model.layers, lambda layer: tables((layer,)), tables((), first=True))
 
@@ -499,7 +501,7 @@ def compile_step_model(
         return overlapped_s(model, layers, tokens, mapping, precision, measure, units=units, overlap=overlap)
 
     cut = layers_s if overlap != "none" else None
-    stages = tabulate_stages(model, mapping, precision, measure, layers_s=cut, **limits)
+    stages = tabulate_stages(model, mapping, precision, measure, layers_s=cut, even=False, **limits)
     transfer = packed(np.zeros(max_tokens + 1))
     if mapping.pp > 1:
         tokens = token_grid(max_tokens)

@@ -52,9 +52,10 @@ class Work:
         self._ranks = mapping.tp * mapping.cp
         self._groups = mapping.attention_dp
         even = replace(mapping, ep=1, expert_tp=mapping.ep * mapping.expert_tp, redundant_experts=0)
-        limits = {"max_tokens": max_tokens, "max_seqs": max_seqs}
-        self._flops = tabulate_stages(model, even, precision, flops_of, **limits, even=True)
-        self._bytes = tabulate_stages(model, mapping, precision, bytes_of, **limits)
+        self._flops = tabulate_stages(
+            model, even, precision, flops_of, max_tokens=max_tokens, max_seqs=max_seqs, even=True
+        )
+        self._bytes = tabulate_stages(model, mapping, precision, bytes_of, max_tokens=max_tokens, max_seqs=max_seqs)
 
     def of(self, steps: Steps) -> tuple[Array, Array]:
         """FLOPs and bytes of every segment, all ranks of the lane's attention group together."""

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwmodels import operators as ops
+from hwmodels.contextattention import ContextPrices
 from hwmodels.engine import Engine
 from hwmodels.hardware import Cluster, Device
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.offloadedcost import OffloadedCost
 from hwmodels.operators import (
+    Array,
     AttentionCore,
     Communication,
     ContextAttention,
@@ -41,8 +43,11 @@ from hwmodels.step_model import (
 from planner.catalogue import Catalogue, mapping_of, precision_of
 from planner.encoding import Vision
 from planner.errors import PlanError
+from planner.explainoverlap import saved
 from planner.offloading import Away, away_of
 from planner.plan import Pool
+from planner.scheduling import scheduler_of
+from simulator.policies import layer_groups
 
 #: Decoding sequences of a scheduler where none are asked for.
 BATCH = 64
@@ -53,9 +58,11 @@ class Row:
     """One operator of a step on one device, all its launches together.
 
     count        launches
-    time_s, flops, bytes   of all launches; bytes of device memory or, of a collective, what it moves
+    time_s       of all launches; below 0 for what overlap takes off the others, of kind 'overlap'
+    flops, bytes   of all launches; bytes of device memory or, of a collective, what it moves
     bound        'compute', 'memory', 'launch' (starting kernels and filling the memory pipeline), the name of a link,
-                 'latency of' a link, 'host', or 'host link', 'host CPU' and 'SSD' for experts that are away
+                 'latency of' a link, 'host', 'overlap' of what nobody waits for, or 'host link', 'host CPU' and 'SSD'
+                 for experts that are away
     algorithm    of a collective, the one that is fastest at this size; '' otherwise
     link         the link that holds a collective up; '' otherwise
     source       what most of its price rests on, see hwmodels.evidence
@@ -149,6 +156,8 @@ def explain(
 ) -> Explanation:
     """A decode step and a prompt chunk of one replica of the pool; of a prefill or decode pool only its own.
 
+    Where prompts pass groups of layers (policy layered), the first group's step follows that of the chunk in all.
+
     catalogue  of the plan; the pool's own devices are looked up in it
     batch      decoding sequences of each scheduler; None for BATCH or as many as fit
     context    tokens each of them attends to
@@ -172,6 +181,9 @@ def explain(
             raise PlanError(f"prefill {prefill}: expected at most {most} tokens, what a step of the plan can hold")
         if prefill:
             steps.append(step.chunk(prefill))
+            groups = layer_groups(prefill, pool.group_tokens, scheduler_of(pool).max_groups)
+            if pool.policy == "layered" and groups > 1:
+                steps.append(step.first_group(prefill, groups))
     return Explanation(pool, memory, tuple(steps))
 
 
@@ -219,6 +231,11 @@ class Pricing:
     analytic: AnalyticCost
     engine: Engine
 
+    def time_s(self, op: Operator) -> Array:
+        """Seconds of the operator that the engine does not hide beside others, by batch size."""
+        seconds: Array = self.cost.time_s(op) * kept(op, self.cost, self.engine)
+        return seconds
+
     def rows(self, found: Sequence[Operator]) -> list[Row]:
         """Every operator once, in order of appearance."""
         rows: list[Row] = []
@@ -229,7 +246,8 @@ class Pricing:
     def _context_rows(self, op: ContextAttention) -> list[Row]:
         """Attention over several ranks, and what it waits for of their transfers."""
         cost = self.cost.inner if isinstance(self.cost, RoutedCost) else self.cost
-        found = self.analytic.context(op) if isinstance(cost, AnalyticCost) else cost.context(op)
+        assert isinstance(cost, ContextPrices)  # nothing else prices replicas of several ranks a sequence
+        found = cost.context(op)
         sources, launches = cost.sources(op), op.count
         core = next(part for part in op.parts if isinstance(part, AttentionCore))
         link = found.link.split(",")[0]
@@ -251,11 +269,12 @@ class Pricing:
 
     def _row(self, op: Operator) -> Row:
         """The operator's price and what it waits for."""
-        time_s, sources = float(np.sum(self.cost.time_s(op) * kept(op, self.cost, self.engine))), self.cost.sources(op)
+        time_s, sources = float(np.sum(self.time_s(op))), self.cost.sources(op)
         if isinstance(self.cost, RoutedCost):
             op = self.cost.routed(op)
         flops, nbytes = float(np.sum(op.flops)), float(np.sum(op.bytes))
         source = max(sources, key=lambda name: sources[name])
+        assert not isinstance(op, ContextAttention)
         if isinstance(op, ExpertExchange):
             phases = self.analytic.exchange(op)
             link, kernel = str(np.ravel(phases.link(op.phase))[0]), str(np.ravel(phases.kernel)[0])
@@ -290,6 +309,7 @@ class _Step:
             catalogue.engine,
         )
         self.table = table
+        self.overlap = pool.overlap
 
     def decode(self, sequences: int, context: int) -> StepTimes:
         """One token for each of the sequences."""
@@ -308,6 +328,15 @@ class _Step:
             return prefill_operators(layers, _one(new), _one(0), self.mapping, self.precision)
 
         return self._times(f"prefill step of {new} {_plural(new, 'token')}", new, 1, attention, (0, 0, [(new, 0)]))
+
+    def first_group(self, new: int, groups: int) -> StepTimes:
+        """The first of the groups of layers for a prompt, alone; a replica of one stage and one attention group."""
+        layers = self.model.layers[: -(-len(self.model.layers) // groups)]
+        found = linear_operators(self.model, layers, _one(new), self.mapping, self.precision, first=True)
+        found += prefill_operators(layers, _one(new), _one(0), self.mapping, self.precision)
+        title = f"step of layer group 1 of {groups} for {new} {_plural(new, 'token')}"
+        table_s = self.table.group_step_s(0, 0, [(new, 0)], 0, groups)
+        return self._step(title, new, found, [(layer,) for layer in layers], self.table.overhead_s(0, True), table_s)
 
     def _times(
         self,
@@ -329,19 +358,35 @@ class _Step:
             else:
                 sent = _one(tokens / mapping.cp * self.model.hidden * ops.wire_bytes(self.precision))
                 found.append(Communication("stage transfer", "point-to-point", "pp", sent))
-        rows = self.pricing.rows(found)
-        rows.append(
-            Row("scheduling and sampling", "host", 1, self.table.overhead_s(sampled, bool(batch[2])), 0.0, 0.0, "host")
-        )
         table_s = sum(self.table.lockstep_stages_s([batch] * groups)) + (mapping.pp - 1) * self.table.transfer[tokens]
+        host_s = self.table.overhead_s(sampled, bool(batch[2]))
+        return self._step(title, tokens, found, stage_layers(self.model, mapping), host_s, table_s)
+
+    def _step(
+        self,
+        title: str,
+        tokens: int,
+        found: Sequence[Operator],
+        runs: Sequence[Sequence[Layer]],
+        host_s: float,
+        table_s: float,
+    ) -> StepTimes:
+        """Of operators, the layers that are overlapped together, the host's seconds and those of the step model."""
+        rows = self.pricing.rows(found)
+        rows.append(Row("scheduling and sampling", "host", 1, host_s, 0.0, 0.0, "host"))
         device = self.cluster.device
-        time_s = sum(row.time_s for row in rows) * mapping.pp  # each device works on its stage's share of it
+        for one in saved(
+            self.model, runs, tokens, self.mapping, self.precision, self.pricing.time_s,
+            units=device.compute_units, overlap=self.overlap,
+        ):  # fmt: skip
+            rows.append(Row(one.name, "overlap", one.layers, -one.seconds, 0.0, 0.0, "overlap", source="step model"))
+        time_s = sum(row.time_s for row in rows) * self.mapping.pp  # each device works on its stage's share of it
         peak = device.peak_flops_per_s[arithmetic_dtype(self.precision, device)]
         moved = sum(row.bytes for row in rows if not row.link)
         return StepTimes(
             title,
             tokens,
-            tuple(row for row in rows if row.time_s > 0 or row.hidden_s > 0),
+            tuple(row for row in rows if row.time_s != 0 or row.hidden_s > 0),
             table_s,
             sum(row.flops for row in rows) / (peak * time_s),
             moved / (device.memory_bytes_per_s * time_s),

@@ -182,6 +182,8 @@ def _pool_problems(pool: Pool) -> Iterator[str]:
             yield str(error)
     if pool.policy == "layered" and (pool.pp > 1 or pool.attention_dp > 1):
         yield f"policy is 'layered', expected chunked with pp {pool.pp} and attention_dp {pool.attention_dp}"
+    elif pool.policy == "layered" and pool.role != "aggregated":
+        yield f"policy is 'layered', expected chunked with role {pool.role}: groups of layers pass beside own decodes"
 
 
 def _slot_problems(pool: Pool) -> Iterator[str]:
@@ -243,8 +245,9 @@ def _sharing_problems(pool: Pool) -> Iterator[str]:
         if pool.shares is not None or pool.targets_s is not None:
             yield "sharing is None, expected static, semi-pd or nexus where there are shares or targets_s"
         return
-    if pool.overlap != "none":
-        yield f"overlap is {pool.overlap!r}, expected 'none' with sharing {pool.sharing!r}"
+    for key, usual in (("overlap", "none"), ("chunk_tokens", None), ("order", "fcfs")):
+        if getattr(pool, key) != usual:
+            yield f"{key} is {getattr(pool, key)!r}, expected {usual!r} with sharing {pool.sharing!r}"
     whole = pool.pp == pool.attention_dp == pool.cp == 1
     if pool.policy != "chunked" or pool.role != "aggregated" or not whole:
         yield (

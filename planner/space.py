@@ -27,8 +27,8 @@ class Choices:
 
     spare_slots   of an expert rank and layer, beyond its even part of the experts; None for none, and one as well where
                   experts are placed by recorded routing
-    cp            degrees of context parallelism that are looked at; None: 1, and where no replica fits, larger powers of
-                  two (long_context says where prompts are long enough to ask for them in any case)
+    cp            degrees of context parallelism that are looked at; None: 1, and larger powers of two where no replica
+                  fits (long_context says where prompts are long enough to ask for them in any case)
     cp_kinds      kinds of it
     away          of experts that devices do not hold; None: they hold all, unless nothing would fit
     schedules     chunks, groups of layers, orders of the queue and overlap

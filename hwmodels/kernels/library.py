@@ -43,7 +43,7 @@ class Kernels:
     mla_prefill: LatentPrefillTimes | None
     mla_decode: LatentDecodeTimes | None
     collective: CollectiveTimes | None
-    exchange: ExchangeTimes | None = None
+    expert_exchange: ExchangeTimes | None = None
 
 
 class _Model(Protocol):
@@ -97,7 +97,7 @@ def open_kernels(device: Device, choice: Mapping[str, str], wheel: Wheel | None 
         mla_prefill=load(LatentPrefillTimes, "mla_prefill"),
         mla_decode=load(LatentDecodeTimes, "mla_decode"),
         collective=load(CollectiveTimes, "collective"),
-        exchange=load(ExchangeTimes, "expert_exchange"),
+        expert_exchange=load(ExchangeTimes, "expert_exchange"),
     )
 
 

@@ -127,11 +127,11 @@ class MeasuredCost:
         Beyond the groups and sizes that were timed the links decide, which other groups' timings do not know of.
         """
         ranks = self.analytic.groups["ep"]
-        if self.kernels.exchange is None or len(ranks) == 1:
+        if self.kernels.expert_exchange is None or len(ranks) == 1:
             return None
         nodes = len({rank // self.per_node for rank in ranks})
         tokens = np.maximum(op.tokens, 1.0)
-        found = self.kernels.exchange.time_s(op.phase, len(ranks), nodes, tokens, op.hidden, op.experts, op.top_k)
+        found = self.kernels.expert_exchange.time_s(op.phase, len(ranks), nodes, tokens, op.hidden, op.experts, op.top_k)
         if found is None or not found.measured.any():
             return None
         timed = replace(op, tokens=tokens, formats=("fp8", "bf16"), max_nodes=None, shares=None)

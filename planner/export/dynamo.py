@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from planner.errors import PlanError
+from planner.export.exchange import in_racks, vllm_backend
 from planner.export.experts import Seats
 from planner.export.handover import Rules, check_handover
 from planner.export.launch import (
@@ -66,9 +67,10 @@ def launch_files(plan: Plan, replicas: Sequence[Replica], _seats: Mapping[str, S
     if len({(pool.block_tokens, pool.max_context_tokens) for pool in plan.pools}) > 1:
         notes.append("Pools differ in block size or context: Dynamo may refuse workers of one model that disagree.")
     repository = model_repository(plan)
-    workers = []
+    workers, backends = [], []
     for index, pool in enumerate(plan.pools):
-        flags = engine_flags(pool, index, _WORKERS, notes)
+        flags = engine_flags(pool, index, _WORKERS, notes, priority=False)
+        backends.append(vllm_backend(pool, f"pools[{index}]", _WORKERS, notes, rack=in_racks(replicas, index)))
         worker = ["python3", "-m", "dynamo.vllm", "--model", repository, *_kv_flags(pool), *flags]
         workers.append(worker)
     frontend = ["python3", "-m", "dynamo.frontend", "--http-port", str(ROUTER_PORT), *_router_flags(plan, notes)]
@@ -85,18 +87,24 @@ def launch_files(plan: Plan, replicas: Sequence[Replica], _seats: Mapping[str, S
     else:
         commands = [Command(0, frontend, title=f"frontend and router, port {ROUTER_PORT}")]
         for replica in replicas:
-            env = visible(replica.gpus[0]) | stage_environment(replica.pool) | kv_environment(replica, 0)
+            env = visible(replica.gpus[0]) | _environment(replica.pool, backends[replica.pool_index])
+            env |= kv_environment(replica, 0)
             name = title(replica).rpartition(",")[0]
             commands.append(Command(replica.nodes[0], workers[replica.pool_index], env, name))
         text = script(commands, nodes_of(replicas), header, _SETUP)
     selectors = node_selectors(plan, notes)
-    graph = yaml.safe_dump(_graph(plan, replicas, frontend, workers, selectors), sort_keys=False)
+    graph = yaml.safe_dump(_graph(plan, replicas, frontend, workers, backends, selectors), sort_keys=False)
     return Export("dynamo", VERSION, {"launch.sh": text, "dynamo.yaml": graph}, tuple(notes))
 
 
 def _kv_flags(pool: Pool) -> list[str]:
     role = _ROLES.get(pool.role)
     return ["--connector", "nixl", role] if role else ["--connector", "none"]
+
+
+def _environment(pool: Pool, backend: str | None) -> dict[str, str]:
+    """Variables of a pool's workers: uneven stages, and the exchange with the experts, which 0.11.0 has no flag for."""
+    return stage_environment(pool) | ({} if backend is None else {"VLLM_ALL2ALL_BACKEND": backend})
 
 
 def _check_reach(replica: Replica) -> None:
@@ -123,6 +131,7 @@ def _graph(
     replicas: Sequence[Replica],
     frontend: Sequence[str],
     workers: Sequence[Sequence[str]],
+    backends: Sequence[str | None],
     selectors: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
     """The DynamoGraphDeployment: one frontend, one service per pool."""
@@ -144,8 +153,9 @@ def _graph(
         }
         if len(sample.nodes) > 1:
             service["multinode"] = {"nodeCount": len(sample.nodes)}
-        if pool.stages is not None:
-            service["envs"] = [{"name": name, "value": value} for name, value in stage_environment(pool).items()]
+        environment = _environment(pool, backends[index])
+        if environment:
+            service["envs"] = [{"name": name, "value": value} for name, value in environment.items()]
         selector = selectors[plan.hardware_of(pool)]
         service["extraPodSpec"] = _placement(selector) | {"mainContainer": _container(workers[index])}
         services[f"Vllm{pool.role.title() if pool.role in _ROLES else ''}Worker{index}"] = service

@@ -33,13 +33,14 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One model copy and its devices: `gpus` of each of `nodes`, as many on each."""
+    """One model copy and its devices: `gpus` of each of `nodes`, as many on each, of servers of `server_gpus`."""
 
     pool: Pool
     pool_index: int
     nodes: tuple[int, ...]
     gpus: tuple[tuple[int, ...], ...]
     port: int
+    server_gpus: int = 8
 
     @property
     def rendezvous_port(self) -> int:
@@ -127,7 +128,7 @@ def place(plan: Plan, gpus_per_node: int | Mapping[str, int]) -> tuple[Replica, 
         for node in nodes:
             taken[node] += share
             ports[node] = port + PORT_STEP
-        replicas.append(Replica(pool, index, tuple(nodes), gpus, port))
+        replicas.append(Replica(pool, index, tuple(nodes), gpus, port, size))
     return tuple(sorted(replicas, key=lambda replica: (replica.nodes[0], replica.gpus[0])))
 
 

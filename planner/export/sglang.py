@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from planner.errors import PlanError
 from planner.export.contexts import no_context
+from planner.export.exchange import in_racks, sglang_environment, sglang_exchange, sglang_overlap
 from planner.export.experts import Seats, sglang_flags, sglang_map
 from planner.export.handover import (
     Rules,
@@ -43,6 +44,7 @@ from planner.export.launch import (
     title,
     visible,
 )
+from planner.export.queueing import no_layered, sglang_queue_flags, step_tokens
 from planner.plan import Plan, Pool
 
 VERSION, ROUTER_VERSION = "0.5.6", "0.2.4"
@@ -62,7 +64,10 @@ def launch_files(plan: Plan, replicas: Sequence[Replica], seats: Mapping[str, Se
     notes = common_notes(plan, replicas)
     check_handover(plan, RULES, notes)
     repository = model_repository(plan)
-    flags = [_flags(pool, index, notes) + _kv_flags(plan, pool) for index, pool in enumerate(plan.pools)]
+    flags = [
+        _flags(pool, index, notes, rack=in_racks(replicas, index)) + _kv_flags(plan, pool)
+        for index, pool in enumerate(plan.pools)
+    ]
     maps = {f"pool{index}-experts.json": sglang_map(pool, seats) for index, pool in enumerate(plan.pools)}
     for own, (name, text) in zip(flags, maps.items(), strict=True):
         own += [] if text is None else ["--init-expert-location", beside_script(name)]
@@ -79,7 +84,7 @@ def launch_files(plan: Plan, replicas: Sequence[Replica], seats: Mapping[str, Se
                 _check_share(replica)
                 argv += ["--nnodes", str(len(replica.nodes)), "--node-rank", str(rank)]
                 argv += ["--dist-init-addr", address(replica.nodes[0], replica.rendezvous_port)]
-            env = visible(replica.gpus[rank])
+            env = visible(replica.gpus[rank]) | sglang_environment(replica.pool, replica.pool_index)
             if replica.pool.stages is not None:
                 env["SGLANG_PP_LAYER_PARTITION"] = ",".join(map(str, replica.pool.stages))
             commands.append(Command(node, argv, env, title(replica)))
@@ -121,9 +126,10 @@ def _check_share(replica: Replica) -> None:
         )
 
 
-def _flags(pool: Pool, index: int, notes: list[str]) -> list[str]:
+def _flags(pool: Pool, index: int, notes: list[str], *, rack: bool) -> list[str]:
     where, d = f"pools[{index}]", pool.attention_dp
     no_static(pool, index, f"SGLang {VERSION}")
+    no_layered(pool, where, f"SGLang {VERSION}")
     no_context(pool, index, f"SGLang {VERSION}", "it cuts prompts over ranks for DeepSeek's sparse attention alone")
     if pool.kv not in _KV:
         raise PlanError(f"{where}.kv is {pool.kv!r}, expected one of {', '.join(_KV)} for SGLang; plan kv fp8")
@@ -133,11 +139,12 @@ def _flags(pool: Pool, index: int, notes: list[str]) -> list[str]:
         notes.append(f"{where}: SGLang offers DP attention for DeepSeek and Qwen mixture-of-experts models.")
     if pool.ep > 1:
         flags += ["--ep-size", str(pool.ep), *sglang_flags(pool)]
+    flags += sglang_exchange(pool, where, notes, rack=rack) + sglang_overlap(pool, where, f"SGLang {VERSION}", notes)
     flags += ["--dtype", compute_dtype(pool, index, notes), "--kv-cache-dtype", _KV[pool.kv]]
     if pool.weights == "fp8":
         flags += ["--quantization", "fp8"]
     flags += ["--max-running-requests", str(pool.max_seqs * d * pool.pp)]
-    flags += [*_policy_flags(pool, where, notes), "--schedule-policy", "fcfs"]
+    flags += [*_policy_flags(pool, where, notes), *sglang_queue_flags(pool, where, f"SGLang {VERSION}", notes)]
     flags += ["--page-size", str(pool.block_tokens), "--context-length", str(pool.max_context_tokens)]
     return [*flags, "--disable-radix-cache"] if pool.prefix_caching == "off" else flags
 
@@ -146,14 +153,17 @@ def _policy_flags(pool: Pool, where: str, notes: list[str]) -> list[str]:
     if pool.role == "decode":
         return []
     if pool.policy == "chunked":
-        chunk = pool.token_budget // pool.block_tokens * pool.block_tokens
+        name = "token_budget" if pool.chunk_tokens is None else "chunk_tokens"
+        mixed = pool.role != "prefill" and pool.pp == 1
+        tokens = step_tokens(pool, where, f"SGLang {VERSION}", notes, mixed=mixed)
+        chunk = tokens // pool.block_tokens * pool.block_tokens
         if chunk == 0:
             raise PlanError(
-                f"{where}.token_budget is {pool.token_budget}, expected at least block_tokens ({pool.block_tokens}): "
+                f"{where}.{name} is {getattr(pool, name)}, expected at least block_tokens ({pool.block_tokens}): "
                 "SGLang cuts chunks at page boundaries"
             )
-        if chunk < pool.token_budget:
-            notes.append(f"{where}: SGLang's chunks are whole pages, so {chunk} tokens instead of {pool.token_budget}.")
+        if chunk < tokens:
+            notes.append(f"{where}: SGLang's chunks are whole pages, so {chunk} tokens instead of {tokens}.")
         flags = ["--chunked-prefill-size", str(chunk * pool.attention_dp)]
         if pool.role == "prefill":
             return flags

@@ -21,6 +21,7 @@ import yaml
 
 from planner.errors import PlanError
 from planner.export.contexts import helix_options
+from planner.export.exchange import in_racks, tensorrt_environment, tensorrt_overlap
 from planner.export.experts import Seats, tensorrt_options
 from planner.export.handover import Rules, check_handover, of_role, routing_weights_note, transfer_note
 from planner.export.launch import (
@@ -40,6 +41,7 @@ from planner.export.launch import (
     title,
     visible,
 )
+from planner.export.queueing import no_layered, require_order, step_tokens
 from planner.plan import Plan, Pool
 
 VERSION = "1.2.1"
@@ -67,11 +69,16 @@ def launch_files(plan: Plan, replicas: Sequence[Replica], seats: Mapping[str, Se
         )
         for index, pool in enumerate(plan.pools)
     }
+    exchange = [
+        tensorrt_environment(pool, f"pools[{index}]", notes, rack=in_racks(replicas, index))
+        for index, pool in enumerate(plan.pools)
+    ]
     commands = []
     for replica in replicas:
-        argv, env = ["trtllm-serve", repository, *_flags(replica)], visible(replica.gpus[0])
+        own = exchange[replica.pool_index]
+        argv, env = ["trtllm-serve", repository, *_flags(replica)], visible(replica.gpus[0]) | own
         if len(replica.nodes) > 1:
-            argv = [*_mpirun(replica), "trtllm-llmapi-launch", *argv]
+            argv = [*_mpirun(replica, own), "trtllm-llmapi-launch", *argv]
         commands.append(Command(replica.nodes[0], argv, env, title(replica)))
     extra, router = (_disaggregated if plan.disaggregated else nginx)(plan, replicas, notes)
     header = f"TensorRT-LLM {VERSION}: {len(replicas)} replicas of {repository}"
@@ -109,12 +116,18 @@ def _flags(replica: Replica) -> list[str]:
     if pool.ep > 1:
         flags += ["--ep_size", str(pool.ep)]
     flags += ["--gpus_per_node", str(len(replica.gpus[0]))]
-    flags += ["--max_batch_size", str(pool.max_seqs), "--max_num_tokens", str(pool.token_budget)]
+    flags += ["--max_batch_size", str(pool.max_seqs)]
+    flags += ["--max_num_tokens", str(_step_tokens(pool, "", []))]
     flags += ["--max_seq_len", str(pool.max_context_tokens)]
     return [*flags, "--extra_llm_api_options", beside_script(f"pool{replica.pool_index}.yaml")]
 
 
-def _mpirun(replica: Replica) -> list[str]:
+def _step_tokens(pool: Pool, where: str, notes: list[str]) -> int:
+    return step_tokens(pool, where, f"TensorRT-LLM {VERSION}", notes, mixed=pool.role != "prefill")
+
+
+def _mpirun(replica: Replica, passed: Mapping[str, str]) -> list[str]:
+    """What starts the replica's ranks on its nodes, with the variables passed on."""
     if len(set(replica.gpus)) > 1:
         raise PlanError(
             f"pools[{replica.pool_index}]: a replica over {len(replica.nodes)} nodes holds different GPUs on each, "
@@ -122,12 +135,18 @@ def _mpirun(replica: Replica) -> list[str]:
         )
     share = len(replica.gpus[0])
     hosts = ",".join(f"${{NODES[{node}]}}:{share}" for node in replica.nodes)
-    return ["mpirun", "-n", str(share * len(replica.nodes)), "-H", Shell(f'"{hosts}"'), "-x", "CUDA_VISIBLE_DEVICES"]
+    names = [word for name in ("CUDA_VISIBLE_DEVICES", *passed) for word in ("-x", name)]
+    return ["mpirun", "-n", str(share * len(replica.nodes)), "-H", Shell(f'"{hosts}"'), *names]
 
 
 def _options(pool: Pool, index: int, seats: Mapping[str, Seats], notes: list[str]) -> dict[str, Any]:
     where = f"pools[{index}]"
-    no_static(pool, index, f"TensorRT-LLM {VERSION}")
+    engine = f"TensorRT-LLM {VERSION}"
+    no_static(pool, index, engine)
+    no_layered(pool, where, engine)
+    require_order(pool, where, engine, priority=False)
+    tensorrt_overlap(pool, where, engine, notes)
+    _step_tokens(pool, where, notes)
     if pool.attention_dp > 1 and pool.tp > 1:
         raise PlanError(
             f"{where}.tp is {pool.tp} with attention_dp {pool.attention_dp}, expected tp 1: TensorRT-LLM runs "

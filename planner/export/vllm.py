@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 from planner.errors import PlanError
 from planner.export.contexts import no_context
+from planner.export.exchange import in_racks, vllm_backend, vllm_overlap
 from planner.export.experts import Seats, vllm_flags
 from planner.export.handover import Rules, check_handover, of_role, routing_weights_note, transfer_note
 from planner.export.launch import (
@@ -37,6 +38,7 @@ from planner.export.launch import (
     title,
     visible,
 )
+from planner.export.queueing import no_layered, step_tokens, vllm_queue_flags
 from planner.plan import Plan, Pool
 
 VERSION, ROUTER_VERSION = "0.12.0", "0.1.17"
@@ -55,7 +57,10 @@ def launch_files(plan: Plan, replicas: Sequence[Replica], _seats: Mapping[str, S
     notes = common_notes(plan, replicas)
     check_handover(plan, RULES, notes)
     repository = model_repository(plan)
-    flags = [engine_flags(pool, index, f"vLLM {VERSION}", notes) for index, pool in enumerate(plan.pools)]
+    flags = [
+        [*engine_flags(pool, index, f"vLLM {VERSION}", notes), *_exchange_flags(pool, index, replicas, notes)]
+        for index, pool in enumerate(plan.pools)
+    ]
     commands = []
     for replica in replicas:
         require_stages_inside(replica, f"vLLM {VERSION}")
@@ -142,10 +147,19 @@ def _router(plan: Plan, replicas: Sequence[Replica], notes: list[str]) -> Comman
     return Command(0, argv, title=f"router, port {ROUTER_PORT}")
 
 
-def engine_flags(pool: Pool, index: int, engine: str, notes: list[str]) -> list[str]:
-    """Flags of one pool that do not depend on the replica; also what Dynamo's vLLM worker takes."""
+def _exchange_flags(pool: Pool, index: int, replicas: Sequence[Replica], notes: list[str]) -> list[str]:
+    backend = vllm_backend(pool, f"pools[{index}]", f"vLLM {VERSION}", notes, rack=in_racks(replicas, index))
+    return [] if backend is None else ["--all2all-backend", backend]
+
+
+def engine_flags(pool: Pool, index: int, engine: str, notes: list[str], *, priority: bool = True) -> list[str]:
+    """Flags of one pool that do not depend on the replica; also what Dynamo's vLLM worker takes.
+
+    priority   whether requests reach the engine with theirs
+    """
     where = f"pools[{index}]"
     no_static(pool, index, engine)
+    no_layered(pool, where, engine)
     no_context(pool, index, engine, "none of its attention backends has prefill context parallelism")
     if pool.block_tokens not in BLOCK_SIZES:
         raise PlanError(f"{where}.block_tokens is {pool.block_tokens}, expected one of {BLOCK_SIZES} for {engine}")
@@ -153,10 +167,14 @@ def engine_flags(pool: Pool, index: int, engine: str, notes: list[str]) -> list[
         raise PlanError(
             f"{where}.max_seqs is {pool.max_seqs}, expected at most token_budget ({pool.token_budget}) for {engine}"
         )
+    tokens = step_tokens(pool, where, engine, notes, mixed=pool.role != "prefill")
     # One scheduler feeds all pipeline stages; the plan counts the sequences of each of its pp batches in flight.
-    max_seqs = min(pool.max_seqs * pool.pp, pool.token_budget)
+    max_seqs = min(pool.max_seqs * pool.pp, tokens)
     if max_seqs < pool.max_seqs * pool.pp:
-        notes.append(f"{where}: {engine} takes at most token_budget sequences, so {max_seqs} over all pipeline stages.")
+        notes.append(
+            f"{where}: {engine} takes at most as many sequences as tokens of a step, so {max_seqs} over all pipeline "
+            "stages."
+        )
     flags = ["--tensor-parallel-size", str(pool.tp), "--pipeline-parallel-size", str(pool.pp)]
     flags += _expert_flags(pool, where, engine) + vllm_flags(pool, where, engine, notes)
     flags += ["--dtype", compute_dtype(pool, index, notes)]
@@ -166,7 +184,8 @@ def engine_flags(pool: Pool, index: int, engine: str, notes: list[str]) -> list[
         flags += ["--kv-cache-dtype", "fp8"]
     elif pool.kv not in {"bf16", "fp16", "fp32"}:
         raise PlanError(f"{where}.kv is {pool.kv!r}, expected the model's type or fp8 for {engine}; plan kv fp8")
-    flags += ["--max-num-seqs", str(max_seqs), "--max-num-batched-tokens", str(pool.token_budget)]
+    flags += ["--max-num-seqs", str(max_seqs), "--max-num-batched-tokens", str(tokens)]
+    flags += vllm_queue_flags(pool, where, engine, notes, priority=priority) + vllm_overlap(pool, where, engine, notes)
     return [*flags, "--block-size", str(pool.block_tokens), *_policy_flags(pool, where, engine, notes)]
 
 

@@ -12,11 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hwmodels.mapping import Mapping, Precision
+from hwmodels.overlap import Overlap
 from hwmodels.step_model import StepModel
 from planner.bounds import Screen, demand, lower_hull, stage_bound
 from planner.catalogue import Catalogue, open_catalogue
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.limits import Limit, attainment
+from simulator.orders import ORDERS, Order
 from simulator.policies import Policy
 from simulator.result import latencies
 from simulator.routers import ROUTERS
@@ -53,9 +55,9 @@ def catalogue(model: str, hardware: str) -> Catalogue:
 
 
 @cache
-def compiled(cut: int) -> StepModel:
+def compiled(cut: int, overlap: Overlap = "none") -> StepModel:
     model, hardware, mapping, precision = CUTS[cut]
-    return catalogue(model, hardware).step_model(mapping, precision)
+    return catalogue(model, hardware).step_model(mapping, precision, overlap=overlap)
 
 
 @st.composite
@@ -72,13 +74,28 @@ def traffic(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[int, SchedulerConfig, float, int]:
-    """A cut, a scheduler, how short of KV blocks it is (0: just the longest request fits) and replicas."""
-    policy: Policy = draw(st.sampled_from(["chunked", "chunked", "prefill-first", "orca", "static"]))
+def plans(draw: st.DrawFn) -> tuple[int, Overlap, SchedulerConfig, float, int]:
+    """A cut, its overlap, a scheduler, how short of KV blocks it is (0: just the longest request fits) and replicas."""
+    policies: list[Policy] = ["chunked", "chunked", "prefill-first", "orca", "static", "layered", "layered"]
+    policy = draw(st.sampled_from(policies))
+    whole = [cut for cut, (_, _, mapping, _) in enumerate(CUTS) if mapping.pp == mapping.attention_dp == 1]
+    cut = draw(st.sampled_from(whole) if policy == "layered" else st.integers(0, len(CUTS) - 1))
+    overlap: Overlap = draw(st.sampled_from(["none", "none", "fused-norm", "two-way"]))
     budget = draw(st.sampled_from([64, 128, 500, MAX_TOKENS])) if policy == "chunked" else MAX_TOKENS
-    block = draw(st.sampled_from([1, 16]))
-    config = SchedulerConfig(policy, draw(st.sampled_from([1, 2, 7, 16, 64])), budget, block, 1100)
-    return draw(st.integers(0, len(CUTS) - 1)), config, draw(st.sampled_from([0.0, 0.05, 1.0])), draw(st.integers(1, 3))
+    order: Order = draw(st.sampled_from(["fcfs", *ORDERS])) if policy != "static" else "fcfs"
+    config = SchedulerConfig(
+        policy,
+        draw(st.sampled_from([1, 2, 7, 16, 64])),
+        budget,
+        draw(st.sampled_from([1, 16])),
+        1100,
+        chunk_tokens=draw(st.sampled_from([None, 1, 50])) if policy == "chunked" else None,
+        group_tokens=draw(st.sampled_from([1, 20, 512])),
+        order=order,
+        ageing_tokens_per_s=draw(st.sampled_from([0.0, 1000.0])),
+        targets_s=(0.1, 2.0),
+    )
+    return cut, overlap, config, draw(st.sampled_from([0.0, 0.05, 1.0])), draw(st.integers(1, 3))
 
 
 METRICS = ("ttft", "tpot", "e2e")
@@ -94,20 +111,21 @@ STATISTICS = ("mean", "p50", "p90", "p99", "max")
     st.lists(st.tuples(st.sampled_from(METRICS), st.sampled_from(STATISTICS)), max_size=3),
 )
 def test_no_simulation_beats_the_bounds(
-    plan: tuple[int, SchedulerConfig, float, int],
+    plan: tuple[int, Overlap, SchedulerConfig, float, int],
     arriving: tuple[np.ndarray, np.ndarray, np.ndarray],
     load: float,
     router: str,
     kinds: Sequence[tuple[str, str]],
 ) -> None:
-    cut, config, roomy, replicas = plan
+    cut, overlap, config, roomy, replicas = plan
     gaps, prompts, outputs = arriving
     model_name, hardware, mapping, _ = CUTS[cut]
-    model = compiled(cut)
+    model = compiled(cut, overlap)
     longest = config.max_context_tokens if config.policy == "static" else int((prompts + outputs).max())
     blocks = -(-longest // config.block_tokens) + int(roomy * 20_000 / config.block_tokens)
     count = len(prompts)
-    everything = Requests(np.zeros(count), prompts, outputs)
+    classes = np.arange(count) % 3
+    everything = Requests(np.zeros(count), prompts, outputs, slo_class=classes, class_names=("a", "b", "c"))
 
     def work_s(limits: Sequence[Limit]) -> float:
         found = Screen(everything, limits).work_s(

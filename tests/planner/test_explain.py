@@ -3,6 +3,8 @@
 Each pool has the steps of its role, and the memory that simulations of the plan count with.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from hwmodels.errors import OutOfMemoryError
@@ -160,3 +162,51 @@ def test_an_encode_worker_has_a_batch_of_tiles():
             plan.model, plan.hardware, 3, (*EIGHT, Pool(1, role="encode", batch_tiles=10**7)), encoder=plan.encoder
         )
         explain_plan(opened(plan), large)
+
+
+OVERLAPPED = {
+    "dense": ("llama-3.3-70b", 8, Pool(1, tp=8, overlap="two-way"), 4096),
+    "norms alone": ("llama-3.3-70b", 8, Pool(1, tp=8, overlap="fused-norm"), 4096),
+    "stages": ("llama-3.3-70b", 8, Pool(1, tp=4, pp=2, overlap="two-way"), 4096),
+    "experts": ("mixtral-8x7b", 4, Pool(1, tp=4, ep=4, overlap="two-way"), 16384),
+    "attention groups": (
+        "deepseek-v3", 16,
+        Pool(1, attention_dp=16, ep=16, weights="fp8", activations="fp8", max_seqs=64, overlap="two-way"), 2048,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_what_overlap_hides_is_a_row_of_its_own(name):
+    model, gpus, pool, tokens = OVERLAPPED[name]
+    pool = replace(pool, token_budget=tokens)
+    catalogue = open_catalogue(model, "h100-sxm", gpus, "vllm")
+    alone = explain(catalogue, replace(pool, overlap="none"), batch=48, context=1000, prefill=tokens)
+    for step, before in zip(
+        explain(catalogue, pool, batch=48, context=1000, prefill=tokens).steps, alone.steps, strict=True
+    ):
+        assert step.time_s == pytest.approx(step.step_model_s, rel=0.01)
+        taken = {row.name: row.time_s for row in step.rows if row.kind == "overlap"}
+        assert all(seconds < 0 for seconds in taken.values())
+        assert sum(taken.values()) == pytest.approx(step.time_s - before.time_s)
+        assert step.binding != "overlap"
+        if "prefill" in step.title:  # so many tokens are worth two halves
+            assert ("hidden behind the other half" in taken) == (pool.overlap == "two-way")
+            assert ("norms inside the all-reduce" in taken) == (pool.tp > 1)
+            assert step.step_model_s < 0.99 * before.step_model_s
+
+
+@pytest.mark.parametrize("overlap", ["none", "two-way"])
+def test_a_group_of_layers_has_a_step_of_its_own(overlap):
+    catalogue = open_catalogue("llama-3.1-8b", "h100-sxm", 2, "vllm")
+    pool = Pool(1, tp=2, policy="layered", group_tokens=512, overlap=overlap)
+    decode, whole, group = explain(catalogue, pool, batch=16, context=1000, prefill=2048).steps
+    assert group.title == "step of layer group 1 of 4 for 2048 tokens"
+    for step in (decode, whole, group):
+        assert step.time_s == pytest.approx(step.step_model_s, rel=0.01)
+    names = {row.name for row in group.rows}
+    assert "embedding" in names and "language-model head" not in names
+    flops = {step.title: sum(row.flops for row in step.rows if row.name == "router" or "projection" in row.name)
+             for step in (whole, group)}  # fmt: skip
+    assert flops[group.title] == pytest.approx(flops[whole.title] / 4)
+    assert len(explain(catalogue, pool, batch=16, context=1000, prefill=500).steps) == 2  # all layers at once

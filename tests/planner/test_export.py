@@ -25,7 +25,8 @@ def words(text):
 VLLM = words(
     "--tensor-parallel-size --pipeline-parallel-size --data-parallel-size --enable-expert-parallel --dtype "
     "--quantization --kv-cache-dtype --max-num-seqs --max-num-batched-tokens --block-size --no-enable-prefix-caching "
-    "--enable-chunked-prefill --no-enable-chunked-prefill --max-model-len --enable-eplb --eplb-config"
+    "--enable-chunked-prefill --no-enable-chunked-prefill --max-model-len --enable-eplb --eplb-config "
+    "--long-prefill-token-threshold --scheduling-policy --enable-dbo --compilation-config"
 )
 
 #: Flags of each program, read from the sources named; --no-... are argparse.BooleanOptionalAction.
@@ -34,6 +35,7 @@ FLAGS = {
     "vllm": {
         *VLLM,
         *words("--host --port --headless --nnodes --node-rank --master-addr --master-port --kv-transfer-config"),
+        "--all2all-backend",
         *words(
             "--data-parallel-size-local --data-parallel-start-rank --data-parallel-address --data-parallel-rpc-port"
         ),
@@ -62,7 +64,8 @@ FLAGS = {
             "--disaggregation-transfer-backend --disaggregation-bootstrap-port --disaggregation-decode-tp "
             "--disaggregation-decode-dp --disaggregation-prefill-pp --load-balance-method "
             "--prefill-round-robin-balance --ep-num-redundant-experts --ep-dispatch-algorithm --enable-eplb "
-            "--init-expert-location"
+            "--init-expert-location --moe-a2a-backend --deepep-mode --enable-two-batch-overlap "
+            "--enable-flashinfer-allreduce-fusion --enable-priority-scheduling --schedule-low-priority-values-first"
         )
     ),
     # sglang-router 0.2.4 wheel: sglang_router/router_args.py
@@ -163,6 +166,7 @@ def plans(draw):
         ranks = tp * d
         ep = draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
         seqs = draw(st.integers(1, 512))
+        policy = draw(st.sampled_from(["chunked", "prefill-first", "orca"]))
         pool = Pool(
             replicas=draw(st.integers(1, 3)),
             tp=tp,
@@ -176,7 +180,10 @@ def plans(draw):
             weights=draw(st.sampled_from(["bf16", "fp8", "int4"])),
             activations=draw(st.sampled_from(["bf16", "bf16", "fp8"])),
             kv=draw(st.sampled_from(["bf16", "fp8"])),
-            policy=draw(st.sampled_from(["chunked", "prefill-first", "orca"])),
+            policy=policy,
+            chunk_tokens=draw(st.sampled_from([None, 64])) if policy == "chunked" else None,
+            order=draw(st.sampled_from(["fcfs", "fcfs", "priority"])),
+            overlap=draw(st.sampled_from(["none", "none", "fused-norm", "two-way"])),
             max_seqs=seqs,
             token_budget=draw(st.integers(max(seqs, 64), 8192)),
             block_tokens=draw(st.sampled_from([16, 32, 64])),

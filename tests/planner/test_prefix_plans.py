@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hwmodels.overlap import Overlap
 from planner import Question, search
 from planner.bounds import Screen, computed_prompts, demand
 from planner.catalogue import open_catalogue
@@ -179,19 +180,19 @@ def conversations(draw: st.DrawFn) -> Requests:
     st.lists(st.tuples(st.sampled_from(bounds.METRICS), st.sampled_from(bounds.STATISTICS)), max_size=3),
 )
 def test_no_simulation_that_keeps_prefixes_beats_the_bounds(
-    plan: tuple[int, SchedulerConfig, float, int],
+    plan: tuple[int, Overlap, SchedulerConfig, float, int],
     everything: Requests,
     load: float,
     router: str,
     eviction: str,
     kinds: Sequence[tuple[str, str]],
 ) -> None:
-    cut, config, roomy, replicas = plan
+    cut, overlap, config, roomy, replicas = plan
     policy = "chunked" if config.policy == "static" else config.policy
     config = replace(config, policy=policy, prefix_caching=eviction)
     prompts, outputs, count = everything.prompt_tokens, everything.output_tokens, len(everything)
     model_name, hardware, mapping, _ = bounds.CUTS[cut]
-    model = bounds.compiled(cut)
+    model = bounds.compiled(cut, overlap)
     longest = int((prompts + outputs).max())
     blocks = -(-longest // config.block_tokens) + int(roomy * 20_000 / config.block_tokens)
 

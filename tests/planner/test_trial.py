@@ -11,14 +11,17 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from hwmodels.mapping import Mapping, Precision
+from hwmodels.overlap import Overlap
 from hwmodels.step_model import StepModel
 from planner.catalogue import Catalogue, open_catalogue
 from planner.plan import Pool
+from planner.schedules import DEFAULTS
 from planner.scheduling import scheduler_of
 from planner.trial import Extremes, attempt, capacity
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.errors import TraceError
 from simulator.limits import Limit
+from simulator.orders import ORDERS
 from simulator.policies import Policy
 from simulator.routers import ROUTERS
 from simulator.simulate import run
@@ -26,6 +29,7 @@ from simulator.workload import Requests
 
 MAX_TOKENS, MAX_SEQS = 1024, 64
 MAPPINGS = [Mapping(), Mapping(pp=2), Mapping(tp=2, pp=3)]
+LAYERED = [Mapping(), Mapping(tp=2)]
 GROUPED = [
     Mapping(attention_dp=2, ep=2),
     Mapping(attention_dp=4, expert_tp=4),
@@ -41,14 +45,14 @@ def catalogue(model: str) -> Catalogue:
 
 
 @cache
-def compiled(mapping: Mapping) -> StepModel:
+def compiled(mapping: Mapping, overlap: Overlap = "none") -> StepModel:
     name = "deepseek-v2-lite" if mapping.attention_dp > 1 else "llama-3.2-1b"
-    return catalogue(name).step_model(mapping, Precision())
+    return catalogue(name).step_model(mapping, Precision(), overlap=overlap)
 
 
 def deployment(mapping: Mapping, pool: Pool, blocks: int, router: str = "round-robin") -> Deployment:
     device = catalogue("llama-3.2-1b").cluster.device
-    spec = ReplicaSpec(compiled(mapping), mapping, scheduler_of(pool), blocks, device)
+    spec = ReplicaSpec(compiled(mapping, pool.overlap), mapping, scheduler_of(pool), blocks, device)
     return Deployment([spec] * pool.replicas, ROUTERS[router])
 
 
@@ -60,8 +64,10 @@ def pairs(draw: st.DrawFn) -> tuple[Mapping, Pool, int, Pool, int, Requests, str
     gap_s = draw(st.sampled_from([0.0, 1e-3, 1e-2, 0.05]))
     prompts = rng.integers(1, draw(st.sampled_from([4, 60, 400])) + 1, count)
     outputs = rng.integers(1, draw(st.sampled_from([1, 2, 25, 120])) + 1, count)
-    requests = Requests(np.cumsum(rng.exponential(gap_s, count)) if gap_s else np.zeros(count), prompts, outputs)
-    policy: Policy = draw(st.sampled_from(["chunked", "prefill-first", "orca", "static"]))
+    arrival = np.cumsum(rng.exponential(gap_s, count)) if gap_s else np.zeros(count)
+    requests = Requests(arrival, prompts, outputs, rng.integers(0, 3, count), ("a", "b", "c"))
+    policy: Policy = draw(st.sampled_from(["chunked", "prefill-first", "orca", "static", "layered"]))
+    orders = (*("fcfs",) * 3, *ORDERS) if policy != "static" else ("fcfs",)
     block = draw(st.sampled_from([1, 8]))
 
     def pool() -> Pool:
@@ -72,6 +78,12 @@ def pairs(draw: st.DrawFn) -> tuple[Mapping, Pool, int, Pool, int, Requests, str
             token_budget=draw(st.sampled_from([64, 128, 600, MAX_TOKENS])),
             block_tokens=block,
             max_context_tokens=draw(st.just(600)),
+            chunk_tokens=draw(st.sampled_from([None, None, 8, 60])) if policy == "chunked" else None,
+            group_tokens=draw(st.sampled_from([512, 512, 16])),
+            order=draw(st.sampled_from(orders)),
+            ageing_tokens_per_s=draw(st.sampled_from([0.0, 1000.0])),
+            deadlines_s=(0.05, 0.5),
+            overlap=draw(st.sampled_from(["none", "none", "two-way"])),
         )
 
     def blocks() -> int:
@@ -83,9 +95,11 @@ def pairs(draw: st.DrawFn) -> tuple[Mapping, Pool, int, Pool, int, Requests, str
         new = replace(new, token_budget=old.token_budget)
     if draw(st.booleans()):
         new = replace(new, max_seqs=old.max_seqs)
+    if draw(st.integers(0, 3)):
+        new = replace(new, **{name: getattr(old, name) for name in DEFAULTS})
     new_blocks = draw(st.sampled_from([old_blocks, old_blocks - 1, old_blocks // 2, 2 * old_blocks]))
     replicas = draw(st.integers(1, 2))
-    mapping = draw(st.sampled_from(MAPPINGS + GROUPED))
+    mapping = draw(st.sampled_from(LAYERED if policy == "layered" else MAPPINGS + GROUPED))
     router = draw(st.sampled_from(sorted(ROUTERS)))
     old, new = replace(old, replicas=replicas), replace(new, replicas=replicas)
     return mapping, old, old_blocks, new, new_blocks, requests, router
@@ -122,6 +136,8 @@ def test_a_run_without_pressure_stands_for_roomier_plans_and_not_for_tighter_one
     assert not extremes.same_run(pool, 500, replace(pool, token_budget=512), 500)
     assert not extremes.same_run(pool, 500, replace(pool, max_seqs=extremes.peak_seqs - 1), 500)
     assert not extremes.same_run(pool, 500, pool, extremes.peak_blocks - 1)
+    for fields in ({"chunk_tokens": 64}, {"order": "shortest"}, {"group_tokens": 64}, {"overlap": "two-way"}):
+        assert not extremes.same_run(pool, 500, replace(pool, **fields), 500)
 
 
 EVEN = Requests(np.arange(200.0), np.full(200, 200), np.full(200, 40))

@@ -143,7 +143,7 @@ def test_measured_exchanges_price_steps_where_there_are_some() -> None:
         )
     )
     none = {"gemm": None, "batched_gemm": None, "moe": None, "collective": None}
-    cost = MeasuredCost(cluster, mapping, SimpleNamespace(exchange=known, **none))  # type: ignore[arg-type]
+    cost = MeasuredCost(cluster, mapping, SimpleNamespace(expert_exchange=known, **none))  # type: ignore[arg-type]
     op = exchanged(mapping, ("fp8", "bf16"), [16.0, 1024.0, 4096.0], count=3)
     analytic = cost.analytic.time_s(op)
     assert cost.time_s(op) == pytest.approx([3 * 128e-7 * 16, 3 * 128e-7 * 1024, analytic[2]])
@@ -156,7 +156,7 @@ def test_measured_exchanges_price_steps_where_there_are_some() -> None:
     skewed = replace(op, shares=np.random.default_rng(0).dirichlet(np.ones(32), 2))
     assert cost.time_s(skewed) == pytest.approx(cost.time_s(op) * cost.analytic.time_s(skewed) / analytic)
     assert (cost.time_s(skewed) > cost.time_s(op)).all()
-    alone = MeasuredCost(cluster, mapping, SimpleNamespace(exchange=None, **none))  # type: ignore[arg-type]
+    alone = MeasuredCost(cluster, mapping, SimpleNamespace(expert_exchange=None, **none))  # type: ignore[arg-type]
     assert alone.time_s(op) == pytest.approx(analytic)
-    one = MeasuredCost(cluster, Mapping(attention_dp=8, expert_tp=8), SimpleNamespace(exchange=known, **none))  # type: ignore[arg-type]
+    one = MeasuredCost(cluster, Mapping(attention_dp=8, expert_tp=8), SimpleNamespace(expert_exchange=known, **none))  # type: ignore[arg-type]
     assert (one.time_s(exchanged(Mapping(), ("fp8", "bf16"), [16.0])) == 0).all()
