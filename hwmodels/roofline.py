@@ -241,8 +241,8 @@ def _fitted_time_s(op: Gemm | Experts | AttentionCore, c: Coefficients, device: 
         )  # fmt: skip
     if isinstance(op, Experts) and isinstance(c, ExpertCoefficients):
         return kernelforms.experts_time_s(
-            c, op.rows, op.active, (op.experts + op.redundant) / op.ep, op.hidden, np.ceil(op.intermediate / op.tp), 2 + op.gated,
-            device, device.peak_flops_per_s[arithmetic_dtype(p, device)], weight_bytes(p.weights),
+            c, op.rows, op.active, (op.experts + op.redundant) / op.ep, op.hidden, np.ceil(op.intermediate / op.tp),
+            2 + op.gated, device, device.peak_flops_per_s[arithmetic_dtype(p, device)], weight_bytes(p.weights),
         )  # fmt: skip
     assert isinstance(op, AttentionCore)
     kv_bytes = DTYPE_BYTES[p.kv]

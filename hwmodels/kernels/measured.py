@@ -131,7 +131,8 @@ class MeasuredCost:
             return None
         nodes = len({rank // self.per_node for rank in ranks})
         tokens = np.maximum(op.tokens, 1.0)
-        found = self.kernels.expert_exchange.time_s(op.phase, len(ranks), nodes, tokens, op.hidden, op.experts, op.top_k)
+        table = self.kernels.expert_exchange
+        found = table.time_s(op.phase, len(ranks), nodes, tokens, op.hidden, op.experts, op.top_k)
         if found is None or not found.measured.any():
             return None
         timed = replace(op, tokens=tokens, formats=("fp8", "bf16"), max_nodes=None, shares=None)
