@@ -15,6 +15,10 @@ prompt tokens, at least as many as full budgets of them, take the engine's promp
 share the work: the mean of the busy ones is below their maximum, so the formula holds with X, D and K divided by the
 groups; h then is the hull of what a group does by itself plus that of what all do together, and delta counts only the
 decode steps that a group has to take for itself. Floors of latency are for a request that finds all groups idle.
+
+Prompts that pass a group of layers a step (policy layered) pass every layer once, beside its decodes or alone, so that
+the formula holds layer by layer, N counting the steps in which a layer has tokens. Limits on the prompts of a step
+make steps with prompts more, and no order of the queue changes what has to be done.
 """
 
 from __future__ import annotations
@@ -52,13 +56,19 @@ def computed_prompts(requests: Requests) -> NDArray[np.int64]:
     """Prompt tokens that have to be computed even if nothing is ever forgotten; at least the last of each.
 
     A cache holds no block before a request that has it was there, so of blocks that several have the first computes
-    them; with one queue for each cache, requests are computed in the order of their arrival.
+    them; with one queue for each cache, requests are computed in the order of their arrival. In another order a later
+    one may compute them, but then while this one waits, so that neither the work nor its wait is less.
     """
+    return np.maximum(1, _computed_at_least(requests))
+
+
+def _computed_at_least(requests: Requests) -> NDArray[np.int64]:
+    """As computed_prompts, but 0 for prompts found whole: which these are, an order of the queue may change."""
     prompts: NDArray[np.int64] = requests.prompt_tokens.astype(np.int64)
     if requests.block_hashes is None:
         return prompts
     found = shared_blocks(requests.block_hashes) * requests.block_hashes.block_tokens
-    return prompts - np.minimum(prompts - 1, found)
+    return prompts - np.minimum(prompts, found)
 
 
 def demand(requests: Requests, *, caching: bool = False) -> Demand:
@@ -69,7 +79,7 @@ def demand(requests: Requests, *, caching: bool = False) -> Demand:
     """
     p = requests.prompt_tokens.astype(float)
     d = requests.output_tokens.astype(float) - 1.0
-    new = computed_prompts(requests).astype(float) if caching else p
+    new = _computed_at_least(requests).astype(float) if caching else p
     context = float((p * d + d * (d + 1) / 2).sum())
     return Demand(len(p), float((new + d).sum()), float(d.sum()), context, float((new * new / 2).sum()))
 
@@ -247,12 +257,20 @@ class Screen:
         return self._known[key]
 
     def work_s(
-        self, model: StepModel, groups: int, max_seqs: Array, budgets: NDArray[np.int64], kv_tokens: Array
+        self,
+        model: StepModel,
+        groups: int,
+        max_seqs: Array,
+        budgets: NDArray[np.int64],
+        kv_tokens: Array,
+        chunks: NDArray[np.int64] | None = None,
     ) -> Array:
         """Least busy seconds of one replica that serves the whole demand, one value per plan (the module's formula).
 
         max_seqs, budgets, kv_tokens   of each plan's schedulers
+        chunks                         prompt tokens of their steps at most; None: the budgets
         """
+        chunks = budgets if chunks is None else chunks
         need = self.demand
         replica = self._bounds(model, groups)
         tokens, decodes, context = need.tokens / groups, need.decode_tokens / groups, need.context_tokens / groups
@@ -265,18 +283,21 @@ class Screen:
         if groups == 1:
             own = fewest
         result = np.zeros(len(budgets))
-        prompt_steps = (tokens - decodes) / budgets
+        prompt_steps = (tokens - decodes) / chunks
         for stage, bound in enumerate(replica.stages):
             steps = np.maximum(fewest, tokens / bound.best[budgets])
             busy = steps * _between(bound.hull, tokens / steps) + bound.zeta * context + bound.delta * own
-            busy += bound.kappa[budgets] * need.pairs / groups + bound.eta * (decodes + need.requests / groups)
+            busy += bound.kappa[chunks] * need.pairs / groups + bound.eta * (decodes + need.requests / groups)
             if stage == 0:
                 busy += prompt_steps * model.engine.prompt_overhead_s
             result = np.maximum(result, busy)
         return result
 
     def latency_s(self, model: StepModel, groups: int, budgets: NDArray[np.int64]) -> dict[Limit, Array]:
-        """The least value each limit's statistic can take, one per plan: every request finds an empty machine."""
+        """The least value each limit's statistic can take, one per plan: every request finds an empty machine.
+
+        budgets   prompt tokens of a step at most
+        """
         replica = self._bounds(model, groups)
         found: dict[Limit, Array] = {}
         for limit in self.limits:

@@ -17,6 +17,7 @@ import numpy as np
 from planner.decodequeue import E2E_PREFILL, Decode, Work, decode_capacity, decode_steps_s, lengths_of
 from planner.options import Option, Role, Service
 from planner.prefillqueue import REQUESTS, Prefill, prefill_capacities, prompt_tables
+from planner.scheduling import prompt_tokens_per_step
 from simulator.deployment import ReplicaSpec
 from simulator.limits import Limit
 from simulator.workload import Requests
@@ -113,7 +114,7 @@ def prefill_work(spec: ReplicaSpec, requests: Requests, decode: Decode) -> Work:
     n = int(min(decode.sequences / spec.lanes / 2, budget // 2))
     left, before, seconds = requests.prompt_tokens.copy(), np.zeros(len(requests)), np.zeros(len(requests))
     while (left > 0).any():
-        new = np.minimum(left, budget - n)
+        new = np.minimum(left, min(budget - n, prompt_tokens_per_step(spec.scheduler)))
         linear = tables.linear[n + new] - tables.linear[n] + tables.shared[n * groups + new] - tables.shared[n * groups]
         attention = tables.base[0][new] + tables.slope[0][new] * before
         seconds += np.where(new > 0, linear + attention + model.engine.prompt_overhead_s, 0.0)
@@ -133,7 +134,8 @@ def _beside_s(spec: ReplicaSpec, both: Decode, prefill: Prefill, requests: Reque
     seconds, _ = decode_steps_s(spec.model, mapping, lengths_of(requests).context, rows)
     step_s = float(np.interp(sequences, np.arange(rows + 1), seconds))
     n = round(sequences)
-    new = min(int(requests.prompt_tokens.mean()), spec.scheduler.token_budget - n)
+    most = min(spec.scheduler.token_budget - n, prompt_tokens_per_step(spec.scheduler))
+    new = min(int(requests.prompt_tokens.mean()), most)
     every = n * mapping.attention_dp
     attention_s = max(0.0, step_s - float(tables.linear[n] + tables.shared[every] + tables.fixed_s))
     added_s = attention_s + float(tables.linear[n + new] - tables.linear[new])

@@ -143,6 +143,7 @@ class _Comparison:
                 if ranked.capacity_per_s is not None and len(ranked.plan.pools) == 1:
                     pool = replace(ranked.plan.pools[0], hardware=None if name == question.hardware else name)
                     key = f"aggregated {name} {degrees(pool)}, {pool.max_seqs} sequences and {pool.token_budget} tokens"
+                    key += "" if pool.policy == "chunked" else f", {pool.policy}"
                     each = _kept_rate(question, ranked) / pool.replicas
                     options[key] = pool, aggregated_option(key, pool, name, catalogue, each)
         if question.also and options:

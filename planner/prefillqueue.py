@@ -6,7 +6,8 @@ taken for many replicas and rates at once, on the requests' own arrivals and len
 the sharing of a step by waiting prompts are in it: a G/G/1 queue with batches, where a formula for M/G/1 would know
 only two moments and no batches. Rates are sought where the limit's statistic of TTFT reaches its seconds.
 
-Approximations: the schedulers of a pipeline take prompts in turn, not by load, and its stages have the same shares of
+Approximations: prompts are followed first come, first served, whatever the order of the scheduler's queue; the
+schedulers of a pipeline take prompts in turn, not by load, and its stages have the same shares of
 every step; attention groups take equal parts of a step's prompts; KV memory never holds a prompt back.
 """
 
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwmodels.step_model import Pieces, StepModel
+from planner.scheduling import prompt_tokens_per_step
 from simulator.deployment import ReplicaSpec
 from simulator.limits import Limit
 from simulator.workload import Requests
@@ -91,8 +93,9 @@ def prefill_capacities(
     more = beside or [(0.0, 0.0)] * len(specs)
     for spec, added in zip(specs, more, strict=True):
         own = spec.scheduler
-        most = min(own.max_seqs, int(np.searchsorted(fitting, own.token_budget, side="right")) + 1)
-        alike.append(known.setdefault((id(spec.model), own.policy, own.token_budget, most, added), len(known)))
+        budget = prompt_tokens_per_step(own)
+        most = min(own.max_seqs, int(np.searchsorted(fitting, budget, side="right")) + 1)
+        alike.append(known.setdefault((id(spec.model), own.policy, budget, most, added), len(known)))
     firsts = [alike.index(k) for k in range(len(known))]
     extra = np.array([more[k] for k in firsts]).reshape(-1, 2)
     found = _followed([specs[k] for k in firsts], some, limits, frontend_s, extra) if firsts else []
@@ -135,7 +138,7 @@ class _Queue:
         self.prompts = requests.prompt_tokens
         groups = np.array([spec.mapping.attention_dp for spec in specs])
         self.groups = groups
-        self.budget = np.array([spec.scheduler.token_budget for spec in specs]) * groups
+        self.budget = np.array([prompt_tokens_per_step(spec.scheduler) for spec in specs]) * groups
         self.most = np.array([spec.scheduler.max_seqs for spec in specs]) * groups
         self.cuts = np.array([spec.scheduler.policy == "chunked" for spec in specs])
         known: dict[int, int] = {}

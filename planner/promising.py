@@ -8,6 +8,7 @@ from math import inf
 import numpy as np
 
 from planner.plan import Pool
+from planner.scheduling import prompt_tokens_per_step
 from simulator.deployment import ReplicaSpec
 from simulator.limits import Limit
 from simulator.workload import Requests
@@ -36,7 +37,7 @@ def _least(limits: Sequence[Limit], metric: str) -> float:
 
 def _prompts_per_s(spec: ReplicaSpec, requests: Requests, limits: Sequence[Limit]) -> float:
     """Prompt tokens per second in steps full of mean prompts; 0 if a long one breaks the limit on TTFT by itself."""
-    model, mapping, budget = spec.model, spec.mapping, spec.scheduler.token_budget
+    model, mapping, budget = spec.model, spec.mapping, prompt_tokens_per_step(spec.scheduler)
 
     def step_s(items: list[tuple[int, int]]) -> tuple[float, float]:
         """Time through all stages, and of the slowest."""

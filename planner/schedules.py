@@ -32,8 +32,10 @@ class Schedules:
         for order in self.orders:
             ranking(order, self.ageing_tokens_per_s, self.deadlines_s)
 
-    def of(self, policy: Policy, budget: int) -> list[dict[str, Any]]:
+    def of(self, policy: Policy, budget: int, *, alone: bool = False) -> list[dict[str, Any]]:
         """Fields of pools with this policy and budget that are not at their defaults, one way each.
+
+        alone   whether a stage is one rank, which has no collectives to overlap
 
         >>> Schedules(chunk_tokens=(None, 256, 4096), orders=("fcfs", "shortest")).of("chunked", 512)[1:3]
         [{'order': 'shortest'}, {'chunk_tokens': 256}]
@@ -41,8 +43,9 @@ class Schedules:
         chunks = [c for c in self.chunk_tokens if c is None or c < budget] if policy == "chunked" else [None]
         groups = self.group_tokens if policy == "layered" else (512,)
         orders = self.orders if policy != "static" else ("fcfs",)
+        overlaps = ("none",) if alone else self.overlaps
         ways = []
-        for chunk, group, order, overlap in product(chunks or [None], groups, orders, self.overlaps):
+        for chunk, group, order, overlap in product(chunks or [None], groups, orders, overlaps):
             way: dict[str, Any] = {"chunk_tokens": chunk, "group_tokens": group, "order": order, "overlap": overlap}
             if order == "shortest":
                 way["ageing_tokens_per_s"] = self.ageing_tokens_per_s

@@ -6,6 +6,12 @@ from planner.plan import Pool
 from simulator.scheduler import SchedulerConfig
 
 
+def prompt_tokens_per_step(scheduler: SchedulerConfig) -> int:
+    """Tokens of prompts in one step at most, while nothing decodes."""
+    chunk = scheduler.chunk_tokens
+    return scheduler.token_budget if chunk is None else min(chunk, scheduler.token_budget)
+
+
 def scheduler_of(pool: Pool) -> SchedulerConfig:
     """The scheduler of each of its engines. Raises SchedulerError for settings that contradict each other."""
     return SchedulerConfig(

@@ -35,6 +35,8 @@ UNITS = {
 }
 #: How many times the time asked for a search goes on while no plan has kept the limits.
 PATIENCE = 3.0
+#: Share of its time that the first plan's rate may take once the time is over.
+FIRST = 0.5
 #: Plans simulated at a time: their scores to beat are those before the round, so results do not depend on `jobs`.
 ROUND, SURVEY_ROUND = 8, 4
 #: Ways of cutting whose best plan is measured in full before variants are looked at.
@@ -168,11 +170,13 @@ class Task:
 
     beat    look at it only at the rate that would give this score
     rough   with fewer requests and a wider tolerance
+    first   nothing else is there to answer with: it may take FIRST of the search's time, whatever is left
     """
 
     candidate: Candidate
     beat: float | None
     rough: bool = False
+    first: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -292,7 +296,7 @@ class Search:
         for some in batched(kinds, 1 if self.late(0.4) else SURVEYED):
             if self.ranked and self.late(0.9):
                 break
-            self._take(workers, [Task(candidate, None) for candidate in some])
+            self._take(workers, [Task(candidate, None, first=not self.ranked) for candidate in some])
 
     def _round_off(self, workers: Workers[Task | Plan, Outcome], kinds: list[Candidate]) -> None:
         """With time left, find out what the other ways to cut the model reach, for a ranking worth the name."""
@@ -382,6 +386,7 @@ class Search:
     def evaluate(self, task: Task) -> Outcome:
         """Simulate a plan; changes nothing, so that any process may do it."""
         question, plan = self.question, task.candidate.plan
+        now_s = time.perf_counter()
         deployment = self.catalogue.deployment(plan, with_work=question.objective == "energy")
         if question.objective == "goodput-per-gpu":
             best, trials = capacity(
@@ -393,7 +398,7 @@ class Search:
                 guess_per_s=self._guess(task),
                 beat=task.beat is not None,
                 tolerance=max(question.tolerance, ROUGH_TOLERANCE) if task.rough else question.tolerance,
-                until_s=self.started + question.seconds,
+                until_s=max(self.started + question.seconds, now_s + (FIRST * question.seconds if task.first else 0.0)),
             )
             if best is None or (question.rate_per_s is not None and best.rate_per_s < question.rate_per_s):
                 return Outcome(None, trials)

@@ -9,6 +9,7 @@ from planner.catalogue import Catalogue, mapping_of, precision_of
 from planner.estimate import estimate_rate_per_s
 from planner.plan import Plan, Pool
 from planner.question import Question
+from planner.schedules import Schedules
 from planner.space import enumerate_pools, replicas_that_fit
 from planner.trial import Trial, attempt, capacity
 from planner.workers import Workers, available_cpus
@@ -94,12 +95,17 @@ def _rate(measured: Measured) -> float:
 
 
 def _cuts(question: Question, catalogue: Catalogue) -> list[Pool]:
-    """The ways of cutting a replica that are guessed to serve most per device, as many as are tried."""
+    """The ways of cutting a replica that are guessed to serve most per device, as many as are tried.
+
+    Phases beside each other have schedulers of their own, whose order is the rule's and whose collectives are not cut.
+    """
     longest = int((question.requests.prompt_tokens + question.requests.output_tokens).max())
     allowed = question.choices
     budget = BUDGET if BUDGET in allowed.token_budgets else allowed.token_budgets[-1]
     seqs = max((n for n in allowed.max_seqs if n <= budget), default=budget)
-    choices = replace(allowed, policies=("chunked",), token_budgets=(budget,), max_seqs=(seqs,), away=None)
+    choices = replace(
+        allowed, policies=("chunked",), token_budgets=(budget,), max_seqs=(seqs,), away=None, schedules=Schedules()
+    )  # fmt: skip
     pools = [
         pool
         for pool, _ in enumerate_pools(catalogue, choices, longest).pools

@@ -16,6 +16,7 @@ from planner.fit import nothing_fits
 from planner.offloadchoices import offered
 from planner.plan import Plan, Pool
 from planner.question import Question
+from planner.scheduling import prompt_tokens_per_step, scheduler_of
 from planner.space import Space, enumerate_pools, replicas_that_fit
 from simulator.limits import Limit
 
@@ -104,8 +105,9 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
         budgets = np.array([pool.token_budget for pool, _ in pools])
         seqs = np.array([pool.max_seqs for pool, _ in pools], dtype=float)
         kv_tokens = np.array([blocks * pool.block_tokens for pool, blocks in pools], dtype=float)
-        busy_s = screen.work_s(model, mapping.attention_dp, seqs, budgets, kv_tokens)
-        floors = screen.latency_s(model, mapping.attention_dp, budgets)
+        chunks = np.array([prompt_tokens_per_step(scheduler_of(pool)) for pool, _ in pools])
+        busy_s = screen.work_s(model, mapping.attention_dp, seqs, budgets, kv_tokens, chunks)
+        floors = screen.latency_s(model, mapping.attention_dp, chunks)
         for limit in question.limits:
             result.floors[limit] = min(result.floors[limit], float(floors[limit].min()))
         for position, (pool, kv_blocks) in enumerate(pools):
@@ -117,7 +119,7 @@ def shortlist(question: Question, catalogue: Catalogue) -> Shortlist:
             _add_plans(result, question, catalogue, kind, pool, kv_blocks, least)
     if not result.candidates:
         raise _nothing_left(question, result)
-    preferred = {"chunked": 0, "prefill-first": 1, "orca": 2, "static": 3}
+    preferred = {"chunked": 0, "prefill-first": 1, "orca": 2, "layered": 3, "static": 4}
     result.candidates.sort(
         key=lambda c: (
             -c.bound,

@@ -17,6 +17,7 @@ from planner.poolprogram import Goal
 from planner.pools import Point, Sizing, size_pools
 from planner.promising import promising
 from planner.question import Question
+from planner.schedules import DEFAULTS
 from planner.space import enumerate_pools
 from planner.trial import Trial, attempt, capacity
 from planner.workers import Workers, available_cpus
@@ -89,8 +90,12 @@ def phase_pools(question: Question, catalogue: Catalogue, hardware: str | None) 
         ("prefill", budgets, prompts),
         ("decode", (enough[0] if enough else allowed.token_budgets[-1],), seqs),
     )
+    # Without decodes a chunk is what a smaller budget is. The formulas know no order of the queue: the first is taken.
+    schedules = replace(allowed.schedules, chunk_tokens=(None,), orders=allowed.schedules.orders[:1])
     for role, tokens, most in roles:
-        choices = replace(allowed, policies=("chunked",), token_budgets=tokens, max_seqs=(most,))
+        choices = replace(
+            allowed, policies=("chunked",), token_budgets=tokens, max_seqs=(most,), schedules=schedules
+        )  # fmt: skip
         if role == "decode":  # no prompt is looked up there
             choices = replace(choices, prefix_caching="off")
         for pool, _ in enumerate_pools(catalogue, choices, longest).pools:
@@ -152,11 +157,13 @@ def offer(question: Question, catalogue: Catalogue, hardware: str | None) -> Off
 
 
 def degrees(pool: Pool) -> str:
-    """What tells ways of cutting apart."""
+    """What tells ways of cutting apart, and schedules that are not the usual ones."""
     names = ("tp", "cp", "pp", "attention_dp", "ep", "expert_tp")
     found = [f"{name}={getattr(pool, name)}" for name in names if name == "tp" or getattr(pool, name) > 1]
     found += [pool.cp_kind] if pool.cp > 1 else []
-    return " ".join(found + ([f"redundant_experts={pool.redundant_experts}"] if pool.redundant_experts else []))
+    found += [f"redundant_experts={pool.redundant_experts}"] if pool.redundant_experts else []
+    found += [f"{name}={getattr(pool, name)}" for name, usual in DEFAULTS.items() if getattr(pool, name) != usual]
+    return " ".join(found)
 
 
 def _exposed_s(question: Question, catalogue: Catalogue, bytes_per_token: float, card_bytes_per_s: float) -> float:

@@ -167,7 +167,7 @@ def _enumerated(catalogue: Catalogue, choices: Choices, longest_tokens: int, cps
             )
             for policy in choices.policies:
                 for budget in choices.token_budgets if policy == "chunked" else (whole,):
-                    cuts = choices.schedules.of(policy, budget)
+                    cuts = choices.schedules.of(policy, budget, alone=mapping.tp * mapping.token_groups == 1)
                     for max_seqs in choices.max_seqs:
                         broken = unserved
                         if broken is None and format_problem(cluster, precision) is not None:

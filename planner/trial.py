@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.plan import Pool
+from planner.schedules import DEFAULTS
 from simulator.collect import collect
 from simulator.deployment import Deployment
 from simulator.limits import Limit, attainment
@@ -34,6 +35,8 @@ class Extremes:
 
     def same_run(self, old: Pool, old_blocks: int, new: Pool, new_blocks: int) -> bool:
         """Whether a run of `old` with these extremes is, event for event, a run of `new`, cut and scheduled alike."""
+        if any(getattr(old, name) != getattr(new, name) for name in DEFAULTS):
+            return False  # other chunks, groups of layers, orders or overlap
         if old_blocks != new_blocks and ("kv" in self.limited or new_blocks < self.peak_blocks):
             return False
         if old_blocks != new_blocks and new.prefix_caching != "off":
@@ -57,6 +60,7 @@ class Trial:
     mean_tpot_s, mean_e2e_s   over the requests served
     extremes        what held the schedulers back and the most they had in use
     joules_per_token   energy of the devices in use per output token; None where it was not asked for
+    settled         where the highest rate was looked for: whether a rate hardly higher is known to break a limit
     """
 
     rate_per_s: float
@@ -68,6 +72,7 @@ class Trial:
     mean_e2e_s: float
     extremes: Extremes
     joules_per_token: float | None = None
+    settled: bool = True
 
 
 def attempt(
@@ -203,4 +208,5 @@ def capacity(
             low = middle
         else:
             high = middle
-    return max((trial for trial in trials if trial.meets), key=lambda trial: trial.goodput_per_s), trials
+    best = max((trial for trial in trials if trial.meets), key=lambda trial: trial.goodput_per_s)
+    return replace(best, settled=high - low <= tolerance * low), trials

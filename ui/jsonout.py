@@ -6,11 +6,13 @@ Within a version keys are added, never renamed or removed.
 shardwise plan
     question     model, hardware, gpus, also {hardware: gpus}, serving, transfer, budget_usd_per_h, budget_w, engine,
                  router, pool_router, traffic, requests, rate_per_s (null: none demanded), limits, prefix_caching,
-                 experts_placed (by recorded routing), objective, seed, seconds, tolerance
+                 schedules {chunk_tokens, group_tokens, orders, ageing_tokens_per_s, deadlines_s, overlaps: what was
+                 varied}, experts_placed (by recorded routing), objective, seed, seconds, tolerance
     best         the first of `ranked`, and `metrics` and `totals` of it simulated with all its steps at `rate_per_s`,
                  as in `shardwise simulate`; `caching` too where prefixes are kept
     ranked       list of {plan, words, gpus_used, idle_gpus, value, unit, bound, tie, capacity_per_s, rate_per_s,
-                 goodput_per_s, output_tokens_per_s, limits, mean_tpot_s, mean_e2e_s, j_per_output_token}; `plan` is the
+                 settled (false: the time ended before a rate that breaks a limit was found near), goodput_per_s,
+                 output_tokens_per_s, limits, mean_tpot_s, mean_e2e_s, j_per_output_token}; `plan` is the
                  content of a plan file; `bound` is a score no simulation of the plan can exceed (higher is better);
                  `limits` maps each limit to the value reached
     considered, pruned {law: plans}, simulated, trials, untried, gap
@@ -60,8 +62,11 @@ shardwise explain
     memory       device_bytes, weights_bytes, activations_bytes, engine_bytes, kv_bytes, kv_bytes_per_token, kv_blocks,
                  kv_tokens (of one scheduler)
     steps        list of {title, tokens, time_s, step_model_s, binding, bounds {resource: seconds}, mfu, mbu,
-                 operators: list of {name, kind, count, time_s, share, flops, bytes, bound, algorithm, link, source}};
-                 flops and bytes are sums over all launches on one device
+                 operators: list of {name, kind, count, time_s, share, flops, bytes, bound, algorithm, link, source,
+                 hidden_s (of transfers between context-parallel ranks)}};
+                 flops and bytes are sums over all launches on one device; what overlap takes off the others is an
+                 operator of kind overlap with a time below 0. With policy layered the step of the first group of layers
+                 follows that of the prompt in all of them
 
     With --routing, or a map of experts in the plan, `plan`, `simulate` and `explain` add
     routing      source of the recorded routing; absent for uniform routing
@@ -155,6 +160,7 @@ def plan_object(result: SearchResult, traffic: str, metrics: Metrics, totals: Ru
             "rate_per_s": question.rate_per_s,
             "limits": [str(limit) for limit in question.limits],
             "prefix_caching": question.choices.prefix_caching,
+            "schedules": asdict(question.choices.schedules),
             "experts_placed": question.routing is not None and question.experts_placed,
             "objective": question.objective,
             "seed": question.seed,
@@ -234,6 +240,7 @@ def _ranked(result: SearchResult, entry: Ranked) -> dict[str, Any]:
         "tie": entry.tie,
         "capacity_per_s": entry.capacity_per_s,
         "rate_per_s": trial.rate_per_s,
+        "settled": trial.settled,
         "goodput_per_s": trial.goodput_per_s,
         "output_tokens_per_s": trial.output_tokens_per_s,
         "limits": dict(zip(map(str, result.question.limits), trial.values_s, strict=True)),

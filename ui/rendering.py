@@ -141,7 +141,11 @@ def _worth(result: SearchResult) -> str:
     best = result.best
     text = f"{number(best.value)} {result.unit}"
     if best.capacity_per_s is not None:
-        text += f", {number(best.capacity_per_s)} requests/s in all when offered the highest rate that keeps them"
+        text += f", {number(best.capacity_per_s)} requests/s in all when offered "
+        if best.trial.settled:
+            text += "the highest rate that keeps them"
+        else:
+            text += f"{number(best.trial.rate_per_s)}, the highest rate tried, which keeps them; give more --seconds"
     ties = sum(ranked.tie for ranked in result.ranked)
     if ties:
         others = "other plan is" if ties == 1 else "other plans are"
@@ -168,10 +172,10 @@ def _proof(result: SearchResult) -> str:
         return f"Proved: no other {kind} considered can be better by more than the tolerance, {tolerance}."
     if not isfinite(result.gap):
         return "No bound on the plans that were not tried; give more --seconds."
-    return (
-        f"No {kind} can be better by more than {percent(result.gap)} "
-        f"(the bound of {result.untried:,} there was no time for; more --seconds narrow it)."
-    )
+    why = f"the bound of {result.untried:,} there was no time for; more --seconds narrow it"
+    if result.gap > 1:
+        return f"Nothing is proved: the best bound is {number(1 + result.gap)} times the best plan found ({why})."
+    return f"No {kind} can be better by more than {percent(result.gap)} ({why})."
 
 
 # --- simulate ---------------------------------------------------------------------------------------------------------

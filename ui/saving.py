@@ -21,6 +21,7 @@ from ui.words import in_short, kept
 #: Of plans.csv.
 COLUMNS = (
     *("rank", "tie", "plan", "gpus_used", "idle_gpus", "policy", "max_seqs", "token_budget", "formats"),
+    *("chunk_tokens", "group_tokens", "order", "overlap"),
     *("value", "unit", "bound", "capacity_per_s"),
     *("rate_per_s", "goodput_per_s", "output_tokens_per_s", "mean_tpot_s", "mean_e2e_s"),
 )
@@ -71,6 +72,10 @@ def ranking_text(result: SearchResult) -> str:
                 [pool.max_seqs for pool in plan.pools],
                 [pool.token_budget for pool in plan.pools],
                 [kept(pool) for pool in plan.pools],
+                ["" if pool.chunk_tokens is None else pool.chunk_tokens for pool in plan.pools],
+                [pool.group_tokens if pool.policy == "layered" else "" for pool in plan.pools],
+                [pool.order for pool in plan.pools],
+                [pool.overlap for pool in plan.pools],
             )
         ]
         writer.writerow(

@@ -16,6 +16,7 @@ from hwmodels.overlap import Overlap
 from hwmodels.step_model import StepModel
 from planner.bounds import Screen, demand, lower_hull, stage_bound
 from planner.catalogue import Catalogue, open_catalogue
+from planner.scheduling import prompt_tokens_per_step
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.limits import Limit, attainment
 from simulator.orders import ORDERS, Order
@@ -134,6 +135,7 @@ def test_no_simulation_beats_the_bounds(
             np.array([float(config.max_seqs)]),
             np.array([config.token_budget]),
             np.array([float(blocks * config.block_tokens)]),
+            np.array([prompt_tokens_per_step(config)]),
         )
         return float(found[0])
 
@@ -153,7 +155,9 @@ def test_no_simulation_beats_the_bounds(
     wanted = [Limit(metric, statistic, 1e6) for metric, statistic in kinds]
     reached = attainment(*times, wanted).values_s
     limits = [replace(limit, seconds=value) for limit, value in zip(wanted, reached, strict=True) if np.isfinite(value)]
-    floors = Screen(everything, limits).latency_s(model, mapping.attention_dp, np.array([config.token_budget]))
+    floors = Screen(everything, limits).latency_s(
+        model, mapping.attention_dp, np.array([prompt_tokens_per_step(config)])
+    )
     for limit in limits:
         assert floors[limit][0] <= limit.seconds * (1 + 1e-9), limit
     assert span_s >= work_s(limits) / replicas * (1 - 1e-9)
@@ -251,3 +255,22 @@ def test_lower_hull_is_the_largest_convex_sequence_below(values: list[float]) ->
             for b in range(i, len(column))
         ]
         assert hull[i - 1] == pytest.approx(min(chords), abs=1e-6)
+
+
+def test_small_chunks_raise_the_bounds() -> None:
+    """A prompt of 1000 tokens in chunks of 50 takes twenty steps; the floor of its TTFT knows, and so does the work."""
+    model, limit = compiled(0), Limit("ttft", "max", 1.0)
+    requests = Requests(np.arange(50.0), np.full(50, 1000), np.full(50, 20))
+    screen, budget = Screen(requests, [limit]), np.array([2048, 2048])
+    chunks = np.array([2048, 50])
+    whole, cut = screen.latency_s(model, 1, chunks)[limit]
+    spec = ReplicaSpec(
+        model, Mapping(), SchedulerConfig("chunked", 64, 2048, 16, 1100, chunk_tokens=50), 9000,
+        catalogue("llama-3.2-1b", "l4").cluster.device,
+    )  # fmt: skip
+    log = run(Deployment([spec], ROUTERS["round-robin"], model.engine.request_overhead_s), requests)
+    took = log.first_token_s[0] - log.arrival_s[0]
+    assert 1.5 * whole < cut <= took < 1.3 * cut
+    seqs, kv = np.full(2, 64.0), np.full(2, 1e6)
+    least = screen.work_s(model, 1, seqs, budget, kv, chunks)
+    assert least[1] > least[0] == screen.work_s(model, 1, seqs, budget, kv)[0]

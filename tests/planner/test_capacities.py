@@ -237,3 +237,17 @@ def test_outputs_of_one_token_need_no_decode() -> None:
     pools = [option(role, role, "x", spec, found) for role in ("prefill", "decode")]  # type: ignore[arg-type]
     best = size_pools(pools, Demand(), Budget({"x": 3})).best
     assert best.rate_per_s == pytest.approx(2 * found[0].prefill.rate_per_s, rel=1e-3)
+
+
+def test_a_chunk_of_prompts_alone_is_a_smaller_budget() -> None:
+    """Without decodes beside them, prompts are cut as by a budget of as many tokens, in simulation and in the queue."""
+    requests = traffic(1024, 1, 400)
+    small = replica("llama-3.1-8b", 1, token_budget=512, max_seqs=256)
+    chunks = replica("llama-3.1-8b", 1, token_budget=2048, max_seqs=256, chunk_tokens=512)
+    large = replica("llama-3.1-8b", 1, token_budget=2048, max_seqs=256)
+    first, second, other = prefill_capacities([small, chunks, large], requests, [TTFT])
+    assert first.rate_per_s == pytest.approx(second.rate_per_s) != pytest.approx(other.rate_per_s)
+    logs = [run(Deployment([spec]), requests.scaled_to_rate(first.rate_per_s)) for spec in (small, chunks)]
+    np.testing.assert_allclose(logs[0].first_token_s, logs[1].first_token_s)
+    whole = [one.whole_per_s for one in capacities([chunks, large], traffic(1024, 100, 400), [TTFT, TPOT])]
+    assert whole[0] != pytest.approx(whole[1], rel=1e-3)
