@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from hwmodels.architectures import READERS, llama
 from hwmodels.configkeys import Llama
 from hwmodels.errors import ProfileError
 from hwmodels.shape import ModelShape
-from hwmodels.yamlfiles import PROFILES, is_path, named, read_as
+from hwmodels.yamlfiles import PROFILES, is_path, named, nearest, read_as
 
 #: Keys with a meaning in a Llama configuration, or none for a model's shape.
 PLAIN_KEYS = frozenset(
@@ -162,7 +161,5 @@ def _config_of(name_or_path: str) -> tuple[Any, str, str]:
 
 def unknown(name: str) -> str:
     """What to say of a name that is neither a shipped model nor a file."""
-    names = model_names()
-    stem = name.rsplit("/", 1)[-1].lower()
-    near = difflib.get_close_matches(stem, names, n=3, cutoff=0.4) or names
+    near = nearest(name.rsplit("/", 1)[-1], model_names())
     return f"unknown model {name!r}; nearest: {', '.join(near)} (or give a config.json or its folder)"

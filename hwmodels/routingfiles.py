@@ -39,6 +39,11 @@ from hwmodels.shape import ModelShape
 
 #: Choices of tokens that are turned into counts at once: bounds memory at 64 MiB for 256 experts.
 CHUNK_TOKENS = 32768
+#: Keys under which recorders write routing.
+RECORDED = (
+    *("logical_count", "expert_popularity", "expert_load_window", "expert_load"),
+    *("records", "routed_experts"),
+)
 
 
 @dataclass(slots=True)
@@ -58,7 +63,16 @@ def read_routing(paths: Path | Sequence[Path], model: ModelShape, *, add_count: 
     """
     files = [paths] if isinstance(paths, Path) else list(paths)
     source = ", ".join(path.name for path in files)
-    return _stats(_recording(files, model), model, add_count, source)
+    return _stats(_recording(files, model), model, add_count, source, ", ".join(map(str, files)))
+
+
+def is_recording(path: Path) -> bool:
+    """Whether the file is a recording of routing under the names that recorders give it, of whatever model."""
+    try:
+        content = _content(path)
+    except RoutingError:
+        return False
+    return isinstance(content, dict) and any(key in content for key in RECORDED)
 
 
 def read_windows(path: Path, model: ModelShape, windows: int, *, add_count: float = 0.0) -> list[RoutingStats]:
@@ -69,17 +83,21 @@ def read_windows(path: Path, model: ModelShape, windows: int, *, add_count: floa
     """
     steps = _recording([path], model).steps
     if not 1 <= windows <= len(steps):
-        raise RoutingError(f"{path.name}: {windows} windows of {len(steps)} steps: expected 1 to {len(steps)}")
+        raise RoutingError(f"{path}: {windows} windows of {len(steps)} steps: expected 1 to {len(steps)}")
     parts = np.array_split(steps, windows)
     names = [f"{path.name}, window {i} of {windows}" for i in range(1, windows + 1)]
-    return [_stats(_Recording(part), model, add_count, name) for part, name in zip(parts, names, strict=True)]
+    return [
+        _stats(_Recording(part), model, add_count, name, str(path.parent / name))
+        for part, name in zip(parts, names, strict=True)
+    ]
 
 
-def _stats(recording: _Recording, model: ModelShape, add_count: float, source: str) -> RoutingStats:
+def _stats(recording: _Recording, model: ModelShape, add_count: float, source: str, where: str) -> RoutingStats:
+    """The statistics, called `source`; what is wrong with them is told of `where`, the files as they were given."""
     layers, experts, top_k = mixture_of(model)
     transitions = None
     loads = recording.steps.sum(axis=0) + add_count
-    _require_counts(loads, model, source)
+    _require_counts(loads, model, where)
     try:
         if recording.joint is not None and np.all(loads > 0):
             # A count of c more for every expert, spread over all of the next layer: marginals stay those of loads.
@@ -87,10 +105,10 @@ def _stats(recording: _Recording, model: ModelShape, add_count: float, source: s
             transitions = joint / joint.sum(axis=2, keepdims=True)
         return RoutingStats(model.name, layers, loads, top_k, source, transitions)
     except RoutingError as error:
-        raise RoutingError(f"{source}: {error}") from None
+        raise RoutingError(f"{where}: {error}") from None
 
 
-def _require_counts(loads: Array, model: ModelShape, source: str) -> None:
+def _require_counts(loads: Array, model: ModelShape, where: str) -> None:
     """Raise RoutingError where an expert of a mixture layer was never counted, as a recording that is long enough has
     none such: a count of 0 tells that it was short, not that the expert gets no tokens."""
     layers = mixture_of(model)[0]
@@ -100,12 +118,12 @@ def _require_counts(loads: Array, model: ModelShape, source: str) -> None:
     row, expert = (int(i) for i in missed[0])
     if not loads[row].any():
         raise RoutingError(
-            f"{source}: layer {layers[row]}: no choice was counted, but it is a mixture layer of {model.name}; "
+            f"{where}: layer {layers[row]}: no choice was counted, but it is a mixture layer of {model.name}; "
             "expected counts for every expert; choose the model recorded"
         )
     more = f" ({len(missed) - 1} more such)" if len(missed) > 1 else ""
     raise RoutingError(
-        f"{source}: layer {layers[row]}, expert {expert}: count 0{more}: expected a number above 0; record more "
+        f"{where}: layer {layers[row]}, expert {expert}: count 0{more}: expected a number above 0; record more "
         "traffic, or add something to every count (--add-count 1 of place-experts)"
     )
 
@@ -118,7 +136,7 @@ def _recording(files: Sequence[Path], model: ModelShape) -> _Recording:
         try:
             part = _understood(_content(path), model)
         except RoutingError as error:
-            raise RoutingError(f"{path.name}: {error}") from None
+            raise RoutingError(f"{path}: {error}") from None
         if total is None:
             total = part
             continue
@@ -133,6 +151,8 @@ def _recording(files: Sequence[Path], model: ModelShape) -> _Recording:
 
 def _content(path: Path) -> Any:
     """What the file holds, tensors left as they are."""
+    if path.is_dir():
+        raise RoutingError("is a folder; expected a file of recorded routing, .json, .json.gz or .pt")
     if not path.is_file():
         raise RoutingError("there is no such file")
     if path.suffix in {".pt", ".pth"}:
@@ -172,10 +192,7 @@ def _understood(content: Any, model: ModelShape) -> _Recording:
     if content and all(str(key).isdecimal() and isinstance(row, dict) for key, row in content.items()):
         return _keyed(content, model)
     keys = ", ".join(str(key)[:40] for key in list(content)[:6])
-    raise RoutingError(
-        f"keys {keys or 'none'}: expected one of logical_count, expert_popularity, expert_load_window, expert_load, "
-        "records, routed_experts"
-    )
+    raise RoutingError(f"keys {keys or 'none'}: expected one of {', '.join(RECORDED)}")
 
 
 def _counted(values: Any, model: ModelShape, mapping: Any = None) -> _Recording:

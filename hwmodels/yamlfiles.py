@@ -120,9 +120,19 @@ def read_as(schema: type[T], path: Path) -> T:
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ProfileError:
     """The error for a name nobody knows, with the nearest known ones."""
+    near = ", ".join(nearest(name, known))
+    return ProfileError(f"unknown {kind} {name!r}; nearest: {near} (or give the path of a YAML file)")
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """The known names most like this one, the likest first: three, or where none is alike, five.
+
+    >>> nearest("lamma", ["llama", "phi", "yi"])
+    ['llama']
+    """
     names = sorted(known)
-    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4) or names
-    return ProfileError(f"unknown {kind} {name!r}; nearest: {', '.join(near)} (or give the path of a YAML file)")
+    alike = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+    return alike or difflib.get_close_matches(name.lower(), names, n=5, cutoff=0.0)
 
 
 def is_path(name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hwmodels.contextkinds import KINDS, require_legal
 from hwmodels.engine import Engine, load_engine
-from hwmodels.errors import MappingError
+from hwmodels.errors import MappingError, OutOfMemoryError
 from hwmodels.evidence import evidence
 from hwmodels.hardware import Cluster, Efficiency, load_cluster
 from hwmodels.huggingface import load_model
@@ -29,6 +29,7 @@ from hwmodels.work import Work
 from planner.encoding import Vision, vision_of, without_encode
 from planner.errors import PlanError
 from planner.links import handover_of
+from planner.offloadchoices import largest_cache
 from planner.offloading import Away, away_broken, away_of, require_host, resident
 from planner.plan import Plan, Pool
 from planner.routedranks import ExpertMap
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 #: What prices may rest on.
 COSTS = ("analytic", "calibrated", "measured")
+#: The law of redundant experts.
+UNDIVIDED = "ep divides the experts and the redundant ones together"
 
 
 def mapping_of(pool: Pool) -> Mapping:
@@ -97,12 +100,24 @@ def law_broken(model: ModelShape, mapping: Mapping) -> str | None:
     if mapping.ep == 1 and (mapping.redundant_experts or mapping.expert_map is not None):
         return "redundant experts and a map of experts need ep"
     if any((ff.experts + mapping.redundant_experts) % mapping.ep for ff in experts):
-        return "ep divides the experts" + (" and the redundant ones together" if mapping.redundant_experts else "")
+        return UNDIVIDED if mapping.redundant_experts else "ep divides the experts"
     if any(ff.experts + mapping.redundant_experts > ff.experts * mapping.ep for ff in experts):
         return "a rank has no more expert slots than there are experts"
     if any(ff.intermediate % mapping.expert_tp for ff in experts):
         return "expert_tp divides the expert width"
     return None
+
+
+def undivided(model: ModelShape, mapping: Mapping) -> str:
+    """What is expected instead of a number of redundant experts that does not divide: its neighbours that do."""
+    counts = {layer.feed_forward.experts for layer in model.layers if layer.feed_forward.experts}
+    experts = next(count for count in sorted(counts) if (count + mapping.redundant_experts) % mapping.ep)
+    below = mapping.redundant_experts - (experts + mapping.redundant_experts) % mapping.ep
+    near = " or ".join(str(number) for number in (below, below + mapping.ep) if number >= 0)
+    return (
+        f"redundant_experts={mapping.redundant_experts}: expected {near} with ep={mapping.ep} and {experts} experts in "
+        f"{model.name}, so that ep divides them together"
+    )
 
 
 def context_law_broken(attentions: Iterable[Attention], mapping: Mapping) -> str | None:
@@ -249,6 +264,8 @@ class Catalogue:
             if degree < 1:
                 raise MappingError(f"{name}={degree}: expected a degree of at least 1")
         law = law_broken(self.model, mapping)
+        if law == UNDIVIDED:
+            raise MappingError(undivided(self.model, mapping))
         if law is not None:
             told = " ".join(f"{name}={degree}" for name, degree in degrees.items())
             raise MappingError(f"{told} expert_tp={mapping.expert_tp}: breaks the law that {law} of {self.model.name}")
@@ -281,7 +298,17 @@ class Catalogue:
     def require_fit(self, pool: Pool, vision: Vision | None = None) -> Memory:
         """Memory of the pool's fullest rank; raises OutOfMemoryError unless one KV block fits beside the weights."""
         memory, tokens = self.memory(pool, vision), pool.block_tokens
-        require_fit(memory, self.model, mapping_of(pool), self.cluster.device, tokens, tokens)
+        try:
+            require_fit(memory, self.model, mapping_of(pool), self.cluster.device, tokens, tokens)
+        except OutOfMemoryError as error:
+            if pool.expert_cache is None or vision is not None:
+                raise
+            most = largest_cache(self, pool, tokens)
+            if not most:
+                raise
+            raise OutOfMemoryError(
+                f"{error}, or expert_cache of at most {most:g} (it is {pool.expert_cache:g})"
+            ) from None
         return memory
 
     def replica(

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 
 from hwmodels.errors import OutOfMemoryError
 from hwmodels.expertoffload import Host, expert_bytes, expert_layers
-from hwmodels.hardware import Cluster, Device, load_device
+from hwmodels.hardware import Cluster, Device, device_names, load_device
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.memory import GIB, Sizes
 from hwmodels.shape import ModelShape
 from hwmodels.step_model import stage_layers
+from hwmodels.yamlfiles import is_path, unknown_name
 from planner.errors import PlanError
 from planner.plan import Pool
 
@@ -91,6 +92,9 @@ def away_broken(
 
 def processor(away: Away) -> Device:
     """The node's; raises PlanError for a device that is none, ProfileError for an unknown one."""
+    known = device_names()
+    if away.host not in known and not is_path(away.host):
+        raise unknown_name("processor", away.host, (name for name in known if load_device(name).kind == "cpu"))
     device = load_device(away.host)
     if device.kind != "cpu":
         raise PlanError(f"host is {away.host!r}, expected the profile of a processor such as {HOST}, not a device")

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from hwmodels.routing import mixture_of
+from hwmodels.routingfiles import is_recording
 from hwmodels.shape import ModelShape
 from planner.catalogue import Catalogue, mapping_of
 from planner.errors import PlanError
@@ -113,10 +114,13 @@ def read_expert_map(path: Path, model: ModelShape, ranks: int | None = None) -> 
 
     ranks   that the slots are to divide over; the devices of a vLLM-Ascend map
 
-    Raises PlanError, which names the file, for one that cannot be read or is none of these, for another number of
-    layers or ranks, and as planner.routedranks.checked_map; RoutingError for a model without experts.
+    Raises PlanError, which names the file, for one that cannot be read or is none of these (a recording of routing is
+    told as one), for another number of layers or ranks, and as planner.routedranks.checked_map; RoutingError for a
+    model without experts.
     """
     layers, experts, _ = mixture_of(model)
+    if is_recording(path):
+        raise PlanError(f"{path}: is a recording of routing; shardwise place-experts --save makes a map of it")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

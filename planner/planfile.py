@@ -43,6 +43,8 @@ _SHAPES = {
     "deadlines_s": "times in seconds such as [1.0, 10.0]",
     "also": "names of profiles with counts such as {l4: 2}",
 }
+#: What stands for numbers that the command line also knows by a word.
+_WORDS = {"expert_cache": "a part of the experts such as 0.25; shardwise plan --expert-cache fit finds the largest"}
 #: Bounds of a pool's share of the requests, and of the time to change roles: beyond them sums and clocks lose digits.
 _SHARE, _ROLE_SWITCH_S = (1e-9, 1e9), 1e6
 _LIMITS = ("max_seqs", "token_budget", "block_tokens", "max_context_tokens", "batch_tiles")
@@ -309,5 +311,5 @@ def _first(error: ValidationError) -> str:
         return f"{name} is {shown}, expected keys such as {', '.join(_KEYS[Pool][:4])}"
     if kind in {"missing", "missing_argument"}:
         return f"{name} is missing, expected {', '.join(_KEYS[Pool if 'pools' in location else Plan])}"
-    message = detail["msg"].removeprefix("Input should be ").rstrip(".")
+    message = _WORDS.get(str(location[-1])) or detail["msg"].removeprefix("Input should be ").rstrip(".")
     return f"{name} is {shown}, expected {message}"

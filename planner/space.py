@@ -55,6 +55,8 @@ class Space:
     broken: Counter[str] = field(default_factory=Counter)
 
 
+#: The law of copies of experts (planner.placedexperts.UNEVEN).
+NO_RELIEF = "copies of experts relieve the busiest rank by more than 1 %"
 #: The context a plan allows is the longest request rounded up to a multiple of this.
 CONTEXT_STEP = 1024
 #: Prompts beyond which context parallelism is worth a look: pairs are a third of an 8B model's FLOPs.
@@ -158,7 +160,7 @@ def _enumerated(catalogue: Catalogue, choices: Choices, longest_tokens: int, cps
     for mapping in mappings(model, cluster, spare_slots, cps, choices.cp_kinds):
         law = law_broken(model, mapping) or placement_broken(mapping, cluster)
         if law is None and choices.spare_slots is None and mapping.redundant_experts:
-            law = None if catalogue.seating.copies_help(mapping) else "copies of experts relieve the busiest rank"
+            law = None if catalogue.seating.copies_help(mapping) else NO_RELIEF
         for precision in choices.precisions:
             ways, unserved = (
                 ([{}], law)

@@ -14,7 +14,9 @@ shardwise plan
                  settled (false: the time ended before a rate that breaks a limit was found near), goodput_per_s,
                  output_tokens_per_s, limits, mean_tpot_s, mean_e2e_s, j_per_output_token}; `plan` is the
                  content of a plan file; `bound` is a score no simulation of the plan can exceed (higher is better);
-                 `limits` maps each limit to the value reached
+                 `j_per_output_token` is known of the first, and of all with objective energy; of plans whose experts
+                 are placed the first names its expert_map where --save writes it; `limits` maps each limit to the
+                 value reached
     considered, pruned {law: plans}, simulated, trials, untried, gap
                  gap: the share by which any plan not tried can still be better; 0 means proved within the tolerance.
                  Where ways of serving are compared, it is about plans that serve whole requests alone: pools and
@@ -138,10 +140,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def plan_object(result: SearchResult, traffic: str, metrics: Metrics, totals: RunTotals) -> dict[str, Any]:
-    """The answer of a search; `metrics` and `totals` are those of its best plan."""
+def plan_object(
+    result: SearchResult, traffic: str, metrics: Metrics, totals: RunTotals, saved: Plan | None = None
+) -> dict[str, Any]:
+    """The answer of a search; `metrics` and `totals` are those of its best plan.
+
+    saved   the best plan as its plan file has it, with names of the maps beside it; None where none is written
+    """
     question = result.question
     ranked = [_ranked(result, entry) for entry in result.ranked]
+    if saved is not None:
+        ranked[0]["plan"] = asdict(saved)
+    if ranked[0]["j_per_output_token"] is None:
+        ranked[0]["j_per_output_token"] = metrics.j_per_output_token
     return {
         "question": {
             "model": question.model,
@@ -187,16 +198,17 @@ def plan_object(result: SearchResult, traffic: str, metrics: Metrics, totals: Ru
         ],
         "evidence": dict(result.evidence),
         "wall_s": result.wall_s,
-        "serving": [_family(family) for family in result.families],
+        "serving": [_family(family, result.best.plan, saved) for family in result.families],
         "crossover": _crossover(result.crossover),
     }
 
 
-def _family(family: Family) -> dict[str, Any]:
+def _family(family: Family, first: Plan, saved: Plan | None) -> dict[str, Any]:
     best = family.best
+    plan = None if best is None else best.plan if saved is None or best.plan != first else saved
     return {
         "name": family.name,
-        "plan": None if best is None else asdict(best.plan),
+        "plan": None if plan is None else asdict(plan),
         "value": None if best is None else best.value,
         "rate_per_s": family.rate_per_s,
         "predicted_per_s": family.predicted_per_s,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -18,6 +18,7 @@ from planner import Plan, Question
 from planner.catalogue import Catalogue, format_problem, open_catalogue
 from planner.errors import PlanError
 from planner.offloadchoices import AwayChoices
+from planner.offloading import HOST, Away, devices_of_a_node, processor
 from planner.plan import PrefixCaching
 from planner.planfile import read_plan
 from planner.schedules import Schedules
@@ -227,9 +228,33 @@ def away(cache: str | None, ladder: str | None, threads: str | None, host: str |
     if formats_typed is not None and (len(formats_typed) != 2 or any(f not in WEIGHT_FORMATS for f in formats_typed)):
         raise OptionError(f"--expert-ladder {ladder}: expected two of {', '.join(WEIGHT_FORMATS)}, such as bf16,int4")
     words = ["0"] if threads is None else [word.strip() for word in threads.split(",")]
-    if not all(word.isascii() and word.isdecimal() and len(word) < 6 for word in words):
+    if not all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
         raise OptionError(f"--cpu-threads {threads}: expected whole numbers of at least 0, such as 0,16")
     return AwayChoices(tuple(sorted(caches)), formats_typed, tuple(sorted({int(word) for word in words})), host)
+
+
+def check_experts(
+    model: str, typed: Mapping[str, object], hardware: str, gpus: int, away: AwayChoices | None = None
+) -> None:
+    """Raise OptionError for options about experts of a dense model, and for more threads than a host has cores.
+
+    typed   such options with what was typed, None for nothing
+
+    PlanError and ProfileError for a host that is no processor.
+    """
+    shape = load_model(model)
+    strange = next((option for option, value in typed.items() if value is not None), None)
+    if not shape.is_moe and strange is not None:
+        raise OptionError(f"{strange} {typed[strange]}: {shape.name} is dense; leave {strange} out")
+    if away is None:
+        return
+    host, node = Away(1.0, host=away.host or HOST), devices_of_a_node(load_cluster(hardware, gpus))
+    cores = processor(host).compute_units
+    if max(away.threads) > cores // node:
+        raise OptionError(
+            f"--cpu-threads {typed.get('--cpu-threads')}: {max(away.threads)} found, expected at most {cores // node} "
+            f"for each of {node} device(s) of a node: {host.host} has {cores} cores"
+        )
 
 
 def check_rate(question: Question) -> None:

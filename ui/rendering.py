@@ -300,8 +300,6 @@ def show_balances(out: Console, found: Sequence[Balance], pools: int, routing: R
     """Where the experts of each pool sit, and how busy its busiest rank is; `routing` None for uniform."""
     for one in found:
         say(out, balance(one, pools, "" if routing is None else routing.source))
-    if found and routing is None:
-        say(out, "No routing is recorded (--routing): tokens choose all experts alike.")
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------

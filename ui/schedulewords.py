@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 from hwmodels.overlap import Overlap
 from planner.schedules import Schedules
-from simulator.errors import SchedulerError
+from simulator.errors import MetricError, SchedulerError
 from simulator.limits import parse_limit
 from simulator.orders import ORDERS
 from ui.questions import MOST_TOKENS, OptionError, numbers
@@ -45,7 +45,7 @@ def schedules(
     if ageing is not None:
         fields["ageing_tokens_per_s"] = ageing
     if deadlines is not None:
-        fields["deadlines_s"] = tuple(parse_limit("ttft", word.strip()).seconds for word in deadlines.split(","))
+        fields["deadlines_s"] = tuple(_deadline_s(deadlines, word.strip()) for word in deadlines.split(","))
     if overlap is not None:
         fields["overlaps"] = _some_of("--overlap", overlap, get_args(Overlap))
     if "deadline" in fields.get("orders", ()) and deadlines is None:
@@ -56,6 +56,15 @@ def schedules(
         return replace(Schedules(), **fields)
     except SchedulerError as error:
         raise OptionError(str(error)) from None
+
+
+def _deadline_s(text: str, word: str) -> float:
+    try:
+        return parse_limit("ttft", word).seconds
+    except MetricError:
+        raise OptionError(
+            f"--deadlines {text}: {word!r} found, expected times above 0 with a unit, such as 2s, or 1s,10s by class"
+        ) from None
 
 
 def _some_of(option: str, text: str, known: Sequence[T]) -> tuple[T, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -231,14 +231,32 @@ def routing(stats: RoutingStats, plan: Plan) -> str:
     return f"Routing: {stats.source}{effect}."
 
 
+def maps_of_engine(found: Sequence[Balance], engine: str) -> str | None:
+    """What the engine does with a placement that step times rest on; None where it starts from it.
+
+    Releases and options as in planner.export.experts.
+    """
+    if not engine.startswith("vllm") or all(one.how == "order" for one in found):
+        return None
+    return (
+        "step times rest on where experts are placed; vLLM 0.12 starts with experts in order and rebalances while "
+        "serving; sglang and tensorrt-llm start from the map"
+    )
+
+
 def balance(found: Balance, pools: int, source: str) -> str:
-    """How busy the busiest expert rank of a pool is, before and after; `source` of the routing.
+    """How busy the busiest expert rank of a pool is, before and after; `source` of the routing, empty for uniform.
 
     Such as 'Experts placed from counts.json, 32 redundant: busiest rank 2.61x -> 1.01x the mean.'
     """
     how = {"placed": f"placed from {source}", "map": f"as in {found.expert_map}", "order": "in order"}[found.how]
     where = f" of pool {found.pool + 1}" if pools > 1 else ""
     more = f", {found.redundant_experts} redundant" if found.redundant_experts else ""
+    if not source:
+        return (
+            f"Experts{where} {how}{more}. No routing is recorded (--routing): tokens choose all experts alike, which "
+            f"gives the busiest rank {found.busiest_over_mean:.2f}x the mean."
+        )
     moved = found.how != "order" or found.redundant_experts > 0
     before = f"{found.in_order:.2f}x -> " if moved else ""
     return f"Experts{where} {how}{more}: busiest rank {before}{found.busiest_over_mean:.2f}x the mean."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwmodels.busiest import busiest_rank
+from hwmodels.errors import MappingError
 from hwmodels.huggingface import load_model
 from hwmodels.mapping import Mapping, Precision, weight_bytes
 from hwmodels.memory import stage_weight_bytes
@@ -142,6 +144,19 @@ def test_laws_of_redundant_experts(mapping: Mapping, law: str | None) -> None:
     assert law_broken(MODEL, mapping) == law
 
 
+@pytest.mark.parametrize(
+    ("ep", "redundant", "near"),
+    [(8, 5, "0 or 8"), (8, 12, "8 or 16"), (3, 2, "1 or 4"), (12, 1, "4"), (128, 1, "0 or 128")],
+)
+def test_redundant_experts_that_do_not_divide_are_told_their_neighbours(ep: int, redundant: int, near: str) -> None:
+    catalogue = open_catalogue("qwen3-30b-a3b", "h100-sxm", 128, "vllm")
+    experts = catalogue.model.layers[0].feed_forward.experts
+    assert all((experts + int(number)) % ep == 0 for number in near.split(" or "))
+    told = f"redundant_experts={redundant}: expected {near} with ep={ep} and {experts} experts"
+    with pytest.raises(MappingError, match=re.escape(told)):
+        catalogue.check(Mapping(attention_dp=ep, ep=ep, redundant_experts=redundant), Precision())
+
+
 def test_a_dense_model_has_none() -> None:
     for mapping in (Mapping(redundant_experts=1), Mapping(expert_map="map.json")):
         assert law_broken(load_model("llama-3.2-1b"), mapping) == "ep needs experts"
@@ -266,7 +281,9 @@ def test_simulate_explain_and_export_go_by_the_map(saved: tuple[Path, Path, Rout
     out = " ".join(capsys.readouterr().out.split())
     assert "Experts of pool 1 as in expert-map-0.json, 4 redundant: busiest rank" in out
     assert main(asked) == 0
-    assert "No routing is recorded (--routing): tokens choose all experts alike." in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "No routing is recorded (--routing): tokens choose all experts alike, which gives the busiest rank" in out
+    assert "x ->" not in out
     assert main(["explain", str(plan), "--routing", str(routing), "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)["experts"]
     assert told["how"] == "map" and told["busiest_over_mean"] < told["in_order"]
@@ -314,7 +331,10 @@ def test_a_search_prefers_placed_experts_serves_more_with_them_and_saves_where_t
     assert told["how"] == "placed" and told["busiest_over_mean"] < 1.1 < told["in_order"]
     assert all(one["how"] == "order" for one in ordered["experts"])
     (pool,) = yaml.safe_load((folder / "plan.yaml").read_text())["pools"]
-    assert pool == {**best, "expert_map": "expert-map-0.json"}
+    assert pool == best == placed["ranked"][0]["plan"]["pools"][0] and best["expert_map"] == "expert-map-0.json"
+    assert told["expert_map"] == "expert-map-0.json"
+    assert placed["best"]["j_per_output_token"] == placed["best"]["metrics"]["j_per_output_token"] > 0
+    assert any("vLLM 0.12 starts with experts in order" in note for note in placed["notes"]) and "notes" not in ordered
     assert main(["explain", str(folder / "plan.yaml"), "--routing", str(routing), "--json"]) == 0
     (again,) = json.loads(capsys.readouterr().out)["experts"]
     assert again["busiest_over_mean"] == pytest.approx(told["busiest_over_mean"])

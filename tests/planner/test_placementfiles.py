@@ -1,5 +1,6 @@
 """Maps that engines read: every slot filled, every expert somewhere, the placement kept."""
 
+import gzip
 import json
 from dataclasses import replace
 
@@ -137,6 +138,15 @@ def test_a_map_that_cannot_be_meant_is_refused(tmp_path, content, told):
     file.write_text(content)
     with pytest.raises(PlanError, match=f"map.json: .*{told}|map.json: {told}"):
         read_expert_map(file, LITE, 2)
+
+
+@pytest.mark.parametrize("name", ["counts.json", "counts.json.gz"])
+def test_a_recording_is_told_as_one(tmp_path, name):
+    path = tmp_path / name
+    text = json.dumps({"logical_count": [[1] * 8] * 32}).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    with pytest.raises(PlanError, match=f"{name}: is a recording of routing; shardwise place-experts --save makes"):
+        read_expert_map(path, load_model("mixtral-8x7b"))
 
 
 def test_maps_of_a_plan_lie_beside_it_and_have_its_slots(tmp_path):

@@ -63,7 +63,10 @@ def test_what_is_asked_for_is_looked_at(capsys: pytest.CaptureFixture[str]) -> N
         (["--cpu-threads", "-1"], 2, "--cpu-threads -1: expected whole numbers"),
         (["--host-cpu", "xeon-9999"], 3, "xeon-9999"),
         (["--host-cpu", "rtx-4090"], 4, "expected the profile of a processor"),
-        (["--cpu-threads", "65"], 7, "break 'the host has the cores'"),
+        (["--host-cpu", "nope"], 3, "unknown processor 'nope'; nearest: xeon-8592 (or"),
+        (["--cpu-threads", "65"], 2, "expected at most 64 for each of 1 device(s) of a node: xeon-8592 has 64 cores"),
+        (["--cpu-threads", "100000"], 2, "--cpu-threads 100000: 100000 found, expected at most 64"),
+        (["--no-experts-placed"], 2, "--no-experts-placed without --routing"),
         (["--expert-cache", "0.5"], 7, "with experts that are away: no plan is left"),
     ],
 )
@@ -72,6 +75,43 @@ def test_options_that_cannot_be_are_told(
 ) -> None:
     assert main([*ASKED, *options]) == code
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--experts", "int4"],
+        ["--expert-cache", "0.5"],
+        ["--expert-ladder", "bf16,int4"],
+        ["--cpu-threads", "8"],
+        ["--host-cpu", "xeon-8592"],
+    ],
+)
+def test_options_of_experts_are_refused_for_dense_models(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "llama-3.1-8b", "--gpus", "1", *option]) == 2
+    out, err = capsys.readouterr()
+    said = f"error: {' '.join(option)}: llama-3.1-8b is dense; leave {option[0]} out\n"
+    assert (out, err) == ("", said)
+
+
+def test_a_plan_file_that_keeps_too_many_experts_is_told_how_many_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.yaml"
+
+    def explained(cache: str) -> tuple[int, str]:
+        plan.write_text(
+            f"model: mixtral-8x7b\nhardware: rtx-4090\ngpus: 1\npools: [{{replicas: 1, expert_cache: {cache}}}]\n"
+        )
+        return main(["explain", str(plan), "--batch", "1"]), capsys.readouterr().err
+
+    code, err = explained("fit")
+    assert code == 4 and "expert_cache is 'fit', expected a part of the experts such as 0.25" in err
+    code, err = explained("0.6")
+    assert code == 5 and err.count("\n") == 1
+    most = float(err.partition("expert_cache of at most ")[2].partition(" (it is 0.6)")[0])
+    assert explained(str(most))[0] == 0
+    assert explained(str(most + 0.01))[0] == 5
 
 
 def test_nothing_typed_is_nothing_asked() -> None:

@@ -106,6 +106,49 @@ def test_kernels_that_read_more_weights_are_told(counts, capsys):
     assert "weights to read" not in run(capsys, counts, *MIXTRAL, *words[:-1], 100_000)[1]
 
 
+def test_exact_with_copies_is_milp_says_so_and_is_no_worse_than_the_baselines(counts, capsys):
+    words = ("--gpus", 8, "--replicas", 8, "--solver", "exact", "--seconds", 0.5)
+    code, out, _ = run(capsys, counts, *MIXTRAL, *words)
+    assert code == 0
+    told = " ".join(out.split())
+    assert "With copies --solver exact is milp" in told
+    assert "Stopped by --seconds (500 ms)" in told
+    code, out, _ = run(capsys, counts, *MIXTRAL, *words, "--json")
+    answer = json.loads(out)
+    assert (code, answer["solver"], answer["asked_solver"], answer["stopped"]) == (0, "milp", "exact", True)
+    for entry in answer["baselines"].values():
+        assert answer["bound"] <= answer["objective"] <= entry["objective"] * (1 + 1e-9)
+
+
+def test_a_baseline_is_taken_where_the_solver_found_none_as_good(counts, capsys):
+    """MoETuner's programs know no copies, so that EPLB's take less time."""
+    words = ("--gpus", 4, "--replicas", 4, "--solver", "tuner", "--seconds", 0.2)
+    code, out, _ = run(capsys, counts, *MIXTRAL, *words, "--json")
+    answer = json.loads(out)
+    assert (code, answer["solver"], answer["instead"]) == (0, "tuner", "eplb")
+    assert answer["objective"] == answer["baselines"]["eplb"]["objective"]
+    assert answer["bound"] <= answer["objective"]
+    assert "tuner found none as good as eplb's" in " ".join(run(capsys, counts, *MIXTRAL, *words)[1].split())
+    # A baseline that was asked for is told as it is.
+    code, out, _ = run(capsys, counts, *MIXTRAL, *words[:4], "--solver", "contiguous", "--json")
+    answer = json.loads(out)
+    assert answer["instead"] is None
+    assert answer["objective"] > answer["baselines"]["eplb"]["objective"]
+
+
+def test_slots_without_replicas_may_all_hold_copies(counts, capsys):
+    code, out, _ = run(capsys, counts, *MIXTRAL, "--gpus", 4, "--slots", 3, "--solver", "eplb", "--tokens", 1)
+    assert code == 0
+    told = " ".join(out.split())
+    assert "3 slots a GPU, up to 4 replicas" in told
+    assert "A step of 1 token;" in told and "(vllm's fp8 kernels, the arithmetic's rate)" in told
+    without = json.loads(
+        run(capsys, counts, *MIXTRAL, "--gpus", 4, "--slots", 3, "--replicas", 0, "--solver", "eplb", "--json")[1]
+    )
+    assert without["replicas"] == 0
+    assert without["objective"] > without["baselines"]["greedy"]["objective"] * (1 - 1e-9)
+
+
 def test_saved_maps_cost_what_the_answer_says(counts, capsys, tmp_path):
     folder = tmp_path / "maps"
     words = ("--gpus", 4, "--replicas", 4, "--seconds", 2, "--save", folder, "--json")
@@ -165,7 +208,15 @@ def test_traffic_is_priced_by_the_links_between_the_gpus(counts, capsys):
         (("--gpus", 4, "--seconds", "nan"), 2, "--seconds nan"),
         (("--gpus", 4, "--weights", "fp5"), 2, "--weights 'fp5'"),
         (("--gpus", 4, "--weights", "fp4"), 2, "does not multiply in fp4"),
-        (("--gpus", 4, "--concentration", 1.5), 2, "--concentration"),
+        (("--gpus", 4, "--concentration", 1.5), 2, "'--concentration': 1.5"),
+        (("--gpus", 4, "--concentration", "nan"), 2, "nan"),
+        (("--gpus", 4, "--replicas", -1), 2, "'--replicas': -1"),
+        (("--gpus", 4, "--slots", 0), 2, "'--slots': 0"),
+        (("--gpus", 4, "--groups", 0), 2, "'--groups': 0"),
+        (("--gpus", 4, "--tokens", 0), 2, "'--tokens': 0"),
+        (("--gpus", 4, "--seed", -1), 2, "'--seed': -1"),
+        (("--gpus", "four"), 2, "'--gpus': four"),
+        (("--gpus", 4, "--add-count", "inf"), 2, "error: --add-count inf: expected a finite number"),
         (("--gpus", 4, "--groups", 3), 4, "3 groups"),
         (("--gpus", 4, "--hardware", "h101"), 3, "unknown hardware 'h101'"),
         (("--gpus", 8, "--hardware", "phone"), 3, "phone joins at most 1"),
@@ -207,6 +258,17 @@ def test_counts_that_cannot_be_are_told_in_one_line(counts, capsys, change, says
     assert (code, out) == (3, "")
     assert f"counts.json: {says}" in err
     assert err.count("\n") == 1
+
+
+def test_files_are_named_as_typed(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert run(capsys, "folder/gone.json", *MIXTRAL) == (3, "", "error: folder/gone.json: there is no such file\n")
+    code, _, err = run(capsys, "folder", *MIXTRAL)
+    assert code == 3 and err.startswith("error: folder: is a folder; expected a file of recorded routing")
+    (tmp_path / "folder" / "zeros.json").write_text(json.dumps([[0, *[1] * 7]] * 32))
+    code, _, err = run(capsys, "folder/zeros.json", *MIXTRAL)
+    assert code == 3 and err.startswith("error: folder/zeros.json: layer 0, expert 0: count 0 (31 more such)")
 
 
 def test_counts_of_dense_layers_are_told(tmp_path, capsys):

@@ -54,7 +54,7 @@ def test_json_is_one_object_that_agrees_with_itself(capsys):
         assert {o["family"] for o in load["outcomes"]} == set(FAMILIES)
         kept = {name: o["ttft_mean_s"] for name, o in outcomes.items() if o["keeps"]}
         assert load["best"] == min(kept, key=kept.get)
-        assert load["published"] == min(kept.keys() - {"receding"}, key=kept.get)
+        assert load["published"] == min([name for name in kept if not name.startswith("receding")], key=kept.get)
         assert load["cuts"]["groups"] in ("layered by rule", None)
         for o in outcomes.values():
             assert load["bound_s"] <= o["ttft_mean_s"] <= o["ttft_p99_s"]
@@ -67,7 +67,10 @@ def test_json_is_one_object_that_agrees_with_itself(capsys):
     assert most["sarathi-serve 8192"]["rate_per_s"] > most["sarathi-serve 512"]["rate_per_s"]
     window = answer["window"]
     assert all(s["bound_s"] <= s["ttft_s"] for s in window["standings"])
-    assert [o["name"] for o in answer["frontier"]["wider"]] == [f"receding at {x} x" for x in ("1.25", "1.5", "2")]
+    wider = [o["name"] for o in answer["frontier"]["wider"]]
+    assert {f"receding at {x} x" for x in ("1.25", "1.5", "2")} <= set(wider)
+    assert "receding-layers at 0.5 x" in wider
+    assert answer["frontier"]["equal"]["tbt_s"] <= 0.1
 
 
 def test_what_is_saved(saved):
@@ -124,7 +127,7 @@ def test_pipelines_are_studied_without_layers_program_and_bound(tmp_path, capsys
         (("--groups", 7), 4, "7 groups of 48 layers: expected a number that divides them, such as 6"),
         (("--budgets", 32), 4, "max_seqs=64"),
         (("--rates", "2,0"), 2, "expected requests per second above 0"),
-        (("--decision", "soon"), 6, "expected a time above 0 with its unit"),
+        (("--decision", "soon"), 4, "expected a time above 0 with its unit"),
         (("--ageing", -1), 2, "--ageing -1.0: expected a finite number of at least 0"),
         (("--gpus", 2, "--tp", 1), 2, "--gpus 2 with --tp 1: expected as many"),
         (("--tp", 2, "--ep", 3), 2, "--ep 3 with --tp 2: expected a number that divides it"),

@@ -88,7 +88,8 @@ def test_groups_of_layers_alone(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     [
         (("--order", "oldest"), "--order oldest: 'oldest' found, expected some of fcfs, shortest, deadline, priority"),
         (("--order", "deadline"), "--order deadline without --deadlines: expected TTFT aimed at"),
-        (("--order", "deadline", "--deadlines", "soon"), "'soon', expected a time above 0"),
+        (("--order", "deadline", "--deadlines", "soon"), "--deadlines soon: 'soon' found, expected times above 0"),
+        (("--order", "deadline", "--deadlines", "1s,0s"), "--deadlines 1s,0s: '0s' found"),
         (("--chunk-tokens", "0"), "--chunk-tokens 0: '0' found, expected whole numbers from 1"),
         (("--chunk-tokens", "many"), "--chunk-tokens many"),
         (("--group-tokens", "x"), "--group-tokens x: 'x' found"),

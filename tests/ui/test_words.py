@@ -3,8 +3,9 @@
 import doctest
 
 import ui.words
+from planner.expertbalance import Balance
 from planner.plan import Plan, Pool
-from ui.words import cut, in_short, in_words, kept, percent, seconds
+from ui.words import balance, cut, in_short, in_words, kept, maps_of_engine, percent, seconds
 
 
 def test_examples():
@@ -21,6 +22,24 @@ def test_a_mixture_with_idle_devices():
     assert in_words(plan).endswith("on 10 of 12 GPUs; 2 idle")
     assert cut(pools[0]) == "tp=4"
     assert kept(pools[1]) == "fp8 weights, bf16 activations, bf16 KV"
+
+
+def test_placements_that_the_engine_does_not_start_from():
+    placed, ordered = (Balance(0, how, None, 4, 0, 1.5, 1.1) for how in ("placed", "order"))
+    for engine in ("vllm", "vllm-0.6"):
+        assert "vLLM 0.12 starts with experts in order" in (maps_of_engine([ordered, placed], engine) or "")
+        assert maps_of_engine([ordered], engine) is None
+        assert maps_of_engine([], engine) is None
+    assert maps_of_engine([placed], "sglang") is maps_of_engine([placed], "tensorrt-llm") is None
+
+
+def test_without_routing_no_gain_is_told():
+    found = Balance(0, "map", "map.json", 4, 4, 1.0, 1.25)
+    assert balance(found, 1, "counts.json").endswith("busiest rank 1.00x -> 1.25x the mean.")
+    assert balance(found, 1, "") == (
+        "Experts as in map.json, 4 redundant. No routing is recorded (--routing): tokens choose all experts alike, "
+        "which gives the busiest rank 1.25x the mean."
+    )
 
 
 def test_what_does_not_exist_is_a_dash():
