@@ -20,6 +20,7 @@ from hwmodels.errors import ShardwiseError
 from ui.calibrating import calibrate as calibrate_command
 from ui.enginefitting import engine as engine_fit_command
 from ui.placingexperts import place_experts as place_experts_command
+from ui.prefillstudy import prefill_study as prefill_study_command
 from ui.profiling import profile as profile_command
 from ui.validating import app as validate_app
 from ui.validatingkernels import kernels as kernels_command
@@ -48,6 +49,7 @@ app = typer.Typer(
 validate_app.command("engine")(engine_fit_command)
 app.command("calibrate")(calibrate_command)
 app.command("place-experts")(place_experts_command)
+app.command("prefill-study")(prefill_study_command)
 app.command("profile")(profile_command)
 validate_app.command("kernels")(kernels_command)
 validate_app.command("plan")(plan_prices_command)
@@ -77,10 +79,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 1
     except _Unreadable as error:
-        return _failed(getattr(error, "format_message", error.__str__)(), 2)
+        return _failed(_unreadable(error), 2)
     if code == 130:
         return _failed("interrupted", 130)
     return code if isinstance(code, int) else 0
+
+
+def _unreadable(error: Exception) -> str:
+    """What is told of an option that typer cannot read: with the value, which its ranges leave out."""
+    told = str(getattr(error, "format_message", error.__str__)())
+    faults: list[dict[str, object]] = getattr(error.__cause__, "errors", list)()
+    if not faults:
+        return told
+    said = str(faults[0]["msg"])
+    wanted = said.removeprefix("Input should be ").partition(", unable")[0]
+    for long, short in (("greater than or equal to", "at least"), ("less than or equal to", "at most")):
+        wanted = wanted.replace(long, short)
+    return told.replace(said, f"{faults[0]['input']} found, expected {wanted}")
 
 
 def _failed(message: str, code: int) -> int:
@@ -327,6 +342,14 @@ def plan_command(
     given = {"seconds": seconds, "tolerance": tolerance}
     at_hand = questions.devices(hardware or questions.HARDWARE, gpus)
     (hardware, gpus), *also = at_hand.items()
+    about_experts = {
+        "--experts": experts, "--expert-cache": expert_cache, "--expert-ladder": expert_ladder,
+        "--cpu-threads": cpu_threads, "--host-cpu": host_cpu,
+    }  # fmt: skip
+    asked_away = questions.away(expert_cache, expert_ladder, cpu_threads, host_cpu)
+    questions.check_experts(model or questions.MODEL, about_experts, hardware, gpus, asked_away)
+    if routing is None and not experts_placed:
+        raise questions.OptionError("--no-experts-placed without --routing: expected recorded counts, or neither")
     arriving = traffic.requests(seed)
     question = Question(
         model=questions.located(model or questions.MODEL),
@@ -349,7 +372,7 @@ def plan_command(
                 token_budget=token_budget,
                 max_seqs=max_seqs,
                 prefix_caching=None if prefix_caching is None else prefixes.known_caching(prefix_caching),
-                away=questions.away(expert_cache, expert_ladder, cpu_threads, host_cpu),
+                away=asked_away,
                 schedules=schedules(chunk_tokens, group_tokens, order, ageing, deadlines, overlap),
                 model=model or questions.MODEL,
                 also=dict(also),
@@ -387,31 +410,32 @@ def plan_command(
             arrivals = arrivals.scaled_to_rate(best.trial.rate_per_s)
         run = simulate(catalogue.deployment(best.plan, with_work=True), arrivals, seed, progress=waiting.count)
         metrics = summarize(run, question.limits)
-        content = jsonout.plan_object(result, traffic.name, metrics, run.totals)
+        seated, saved = balances(catalogue, best.plan), best.plan
+        maps: dict[str, str] = {}
+        if save is not None and seated:
+            from planner.placementfiles import plan_with_maps  # and its solvers
+
+            saved, maps = plan_with_maps(best.plan, catalogue)
+            seated = [replace(one, expert_map=saved.pools[one.pool].expert_map) for one in seated]
+        content = jsonout.plan_object(result, traffic.name, metrics, run.totals, saved)
         if run.caching is not None:
             content["best"]["caching"] = prefixes.as_object(run.caching)
-        seated = balances(catalogue, best.plan)
         if catalogue.routing is not None:
             content |= {"routing": catalogue.routing.source, "experts": [asdict(one) for one in seated]}
         away = offloadwords.experts_away(catalogue, best.plan)
-        note = offloadwords.note_on(asked, catalogue, best.plan)
-        if away:
-            content |= {"experts_away": away, "notes": [] if note is None else [note]}
-        maps: dict[str, str] = {}
+        odd = offloadwords.note_on(asked, catalogue, best.plan), words.maps_of_engine(seated, catalogue.engine.name)
+        notes = [note for note in odd if note]
+        content |= {"experts_away": away} if away else {}
+        content |= {"notes": notes} if away or notes else {}
         if save is not None:
             waiting.at("writing the results", None)
-            saved = best.plan
-            if seated:
-                from planner.placementfiles import plan_with_maps  # and its solvers
-
-                saved, maps = plan_with_maps(best.plan, catalogue)
             texts = saving.plan_text(saved), saving.ranking_text(result), jsonout.dumps(content) + "\n"
             picture = run_figure(run, best.plan)
             save_result(run, metrics, save, also=dict(zip(names, (*texts, picture), strict=True)) | maps)
     if as_json:
         print(jsonout.dumps(content))
         return
-    if note is not None:
+    for note in notes:
         print(f"note: {words.printable(note)}", file=sys.stderr)
     out = rendering.console()
     rendering.show_plan(out, result, traffic.name, metrics, run.totals)
@@ -542,14 +566,14 @@ def simulate_command(
         totals = first[0].totals
         content = jsonout.simulation_object(chosen, metrics, totals, kept, intervals, evidence, wall_s)
         use, saved = first[0].encode, first[0].caching
+        seated = balances(catalogue, chosen)
         odd = encoder_note(chosen, catalogue.model), prefixes.note_on(chosen, hashed=saved is not None)
-        notes = [note for note in odd if note]
+        notes = [note for note in (*odd, words.maps_of_engine(seated, catalogue.engine.name)) if note]
         content |= {"encode": None if use is None else asdict(use), "caching": prefixes.as_object(saved)}
         content |= {"notes": notes, "handed_over": poolwords.handed_over(first[0])}
         away = offloadwords.experts_away(catalogue, chosen)
         if away:
             content["experts_away"] = away
-        seated = balances(catalogue, chosen)
         if catalogue.routing is not None:
             content["routing"] = catalogue.routing.source
         if seated:

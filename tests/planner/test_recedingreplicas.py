@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from hwmodels.engine import Engine
 from hwmodels.hardware import load_device
+from hwmodels.layergroups import LayerGroups
 from hwmodels.mapping import Mapping
 from hwmodels.step_model import Pieces, StepModel, Tables
 from planner.errors import NoFeasiblePlanError, PlanError
 from planner.prefillcosts import Span
 from planner.prefilllinear import Ranges, TableClock, linearise
-from planner.recedingreplicas import Receding, RecedingScheduler, RecedingSpec, receding_spec
+from planner.recedingreplicas import RecedingSpec, receding_spec
+from planner.recedingscheduler import Receding, RecedingScheduler
 from simulator.deployment import Deployment, ReplicaSpec
 from simulator.errors import PoolError
 from simulator.itl import itl
@@ -30,20 +32,26 @@ from simulator.workload import Requests, Workload
 MAX_TOKENS, MAX_SEQS = 256, 16
 DEVICE = load_device("h100-sxm")
 ENGINE = Engine("test", "test", {"default": "vllm"}, 1e-3, 1e-5, 0.0, 1.0, 0.0, 0.9, 0.0)
-CHECKED = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CHECKED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def model() -> StepModel:
     """Linear in tokens, in sequences and in what they attend to."""
     n, s = np.arange(MAX_TOKENS + 1.0), np.arange(MAX_SEQS + 1.0)
-    tables = Tables(
-        linear=(2e-3 + 1e-5 * n).tolist(),
-        shared=np.zeros(4 * MAX_TOKENS + 1).tolist(),
-        head=(1e-5 * s).tolist(),
-        decode=Pieces((), ((1e-5 * (s > 0)).tolist(),), ((1e-7 * s).tolist(),)),
-        prefill=Pieces((), ((1e-6 * n).tolist(),), ((1e-8 * n).tolist(),)),
+    tables, half = (
+        Tables(
+            linear=(share * (2e-3 + 1e-5 * n)).tolist(),
+            shared=np.zeros(4 * MAX_TOKENS + 1).tolist(),
+            head=(1e-5 * s).tolist(),
+            decode=Pieces((), ((1e-5 * (s > 0)).tolist(),), ((1e-7 * s).tolist(),)),
+            prefill=Pieces((), ((share * 1e-6 * n).tolist(),), ((share * 1e-8 * n).tolist(),)),
+        )
+        for share in (1.0, 0.5)
     )
-    return StepModel([tables], np.zeros(MAX_TOKENS + 1).tolist(), ENGINE, MAX_TOKENS, MAX_SEQS)
+    zero = np.zeros(4 * MAX_TOKENS + 1).tolist()
+    empty = Pieces((), (zero,), (zero,))
+    layers = LayerGroups(["one", "two"], lambda _: half, Tables(zero, zero, zero, empty, empty))  # type: ignore[list-item]
+    return StepModel([tables], np.zeros(MAX_TOKENS + 1).tolist(), ENGINE, MAX_TOKENS, MAX_SEQS, lambda: layers)
 
 
 MODEL = model()
@@ -52,7 +60,7 @@ LINEAR = linearise(CLOCK, Ranges((1, 200), (0, 200), (0, 12), (10, 200))).step
 FLOOR_S = CLOCK.step_s(1, 1, ())
 
 
-def spec(config: SchedulerConfig, blocks: int, tbt_s: float, **rule: float) -> RecedingSpec:
+def spec(config: SchedulerConfig, blocks: int, tbt_s: float, **rule: float | str) -> RecedingSpec:
     plain = ReplicaSpec(MODEL, Mapping(), config, blocks, DEVICE)
     return receding_spec(plain, Receding(LINEAR, tbt_s, 3, **{"decision_s": 1e-4, **rule}))  # type: ignore[arg-type]
 
@@ -68,7 +76,8 @@ def replicas(draw: st.DrawFn) -> RecedingSpec:
     )
     blocks = draw(st.sampled_from([320, 800, 40_000])) // config.block_tokens
     tbt_s = draw(st.sampled_from([1.05 * FLOOR_S, 2 * FLOOR_S, inf]))
-    return spec(config, blocks, tbt_s, ageing_per_s=draw(st.sampled_from([0.0, 10.0])))
+    axis = draw(st.sampled_from(["tokens", "layers"]))
+    return spec(config, blocks, tbt_s, ageing_per_s=draw(st.sampled_from([0.0, 10.0])), axis=axis)
 
 
 @st.composite
@@ -104,7 +113,7 @@ def test_requests_and_blocks_are_conserved(one: RecedingSpec, requests: Requests
     assert (log.arrival_s[served] <= schedule[served] + 1e-12).all()
     assert (schedule[served] < first[served]).all()
     assert (first[served] <= finish[served]).all()
-    scheduler = started[0].scheduler
+    scheduler = started[0].schedulers[0]
     assert isinstance(scheduler, RecedingScheduler)
     assert scheduler.free == scheduler.kv_blocks
     assert (scheduler.reserved, scheduler.running, scheduler.unfinished, len(scheduler.waiting)) == (0, 0, 0, 0)
@@ -182,6 +191,37 @@ def test_a_short_prompt_passes_a_long_one_that_is_half_computed() -> None:
     assert frame.first_token_s[1] < frame.first_token_s[0]
     chunked = simulate(Deployment([ReplicaSpec(MODEL, Mapping(), config, 1000, DEVICE)]), requests).requests
     assert chunked.first_token_s[1] >= chunked.first_token_s[0]
+
+
+def test_a_prompt_that_does_not_fit_goes_through_the_layers_in_groups() -> None:
+    """Beside a decode, under a limit that half of the layers keep and all of them do not."""
+    config = SchedulerConfig(max_seqs=4, token_budget=244, max_context_tokens=240)
+    half, every = (MODEL.group_step_s(1, 30, [(200, 0)], 0, groups) for groups in (2, 1))
+    requests = Requests(np.array([0.0, 0.02]), np.array([10, 200]), np.array([40, 2]))
+    one = spec(config, 1000, (half + every) / 2, axis="layers")
+    result = simulate(Deployment([one]), requests)
+    assert result.steps is not None
+    first, last = result.requests.first_schedule_s[1], result.requests.first_token_s[1]
+    inside = result.steps[(result.steps.start_s >= first - 1e-12) & (result.steps.end_s <= last + 1e-12)]
+    assert inside.steps.sum() == 2
+    assert (inside.decode_sequences == 1).all()
+    assert (inside.end_s - inside.start_s <= one.rule.tbt_s).all()
+    assert len(one.ledgers[0].seconds) == 2  # one for each prompt: none between the groups
+
+
+def test_prompts_wait_for_a_decision_that_takes_all_of_its_step() -> None:
+    """The step that is decided in has the decode alone; the prompt's first layers follow in the next one."""
+    config = SchedulerConfig(max_seqs=4, token_budget=244, max_context_tokens=240)
+    half = MODEL.group_step_s(1, 30, [(200, 0)], 0, 2)
+    requests = Requests(np.array([0.0, 0.02]), np.array([10, 200]), np.array([40, 2]))
+    least = CLOCK.step_s(1, 30, [Span(1, 0, 0, 1)])
+    one = spec(config, 1000, 1.02 * half, axis="layers", decision_s=1.01 * half - least)
+    result = simulate(Deployment([one]), requests)
+    assert result.steps is not None
+    inside = result.steps[(result.steps.start_s > 0.02 - 1e-12) & (result.steps.prefill_tokens == 0)]
+    assert result.requests.first_schedule_s[1] > 0.02 + one.rule.decision_s  # type: ignore[operator]
+    assert ((inside.end_s - inside.start_s) / inside.steps <= one.rule.tbt_s).all()
+    assert itl(result)[0].max() <= one.rule.tbt_s * (1 + 1e-9)
 
 
 def test_without_time_for_the_solver_chunks_are_taken_and_counted() -> None:

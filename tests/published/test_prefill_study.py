@@ -6,7 +6,9 @@ prompts of 500 to 8000 tokens; loads of about 60 % of what Sarathi-Serve serves 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,15 @@ import pytest
 from planner.catalogue import open_catalogue
 from planner.plan import Pool
 from planner.prefillcontenders import Ways
+from planner.prefilllinear import Ranges, TableClock, linearise
 from planner.prefillstudy import STALL_FREE, Outcome, Study, study
+from planner.recedingreplicas import receding_spec
+from planner.recedingscheduler import Receding
+from simulator.deployment import Deployment
+from simulator.distribution import achieved_weighted
+from simulator.itl import itl
 from simulator.limits import parse_limit
+from simulator.simulate import simulate
 from simulator.workload import Requests, load_profile, synthesize
 
 DENSE, EXPERTS = "qwen3-8b", "qwen3-30b-a3b"
@@ -25,6 +34,8 @@ LOADS = {
 }  # fmt: skip
 CASES = list(LOADS)
 BUDGETS = (512, 1024, 2048, 8192)
+#: The program with chunks only, at the limit only.
+ALONE: dict[str, Any] = {"kinds": ("receding",), "wider_limits": ()}
 
 
 def requests_of(traffic: str) -> Requests:
@@ -42,9 +53,7 @@ def found(model: str, traffic: str) -> Study:
     limit = parse_limit("itl", "p99=100ms")
     ways = Ways(budgets=BUDGETS, chunks=(512,))
     load = LOADS[model, traffic]
-    return study(
-        catalogue, Pool(1, max_seqs=128), requests_of(traffic), limit, (load,), ways, decision_s=3e-3, wider_limits=()
-    )
+    return study(catalogue, Pool(1, max_seqs=128), requests_of(traffic), limit, (load,), ways, decision_s=3e-3, **ALONE)
 
 
 def outcomes(model: str, traffic: str) -> dict[str, Outcome]:
@@ -127,6 +136,22 @@ def test_the_program_keeps_the_limit_where_whole_prompts_break_it(model: str, tr
     assert program.ttft_mean_s < min(o.ttft_mean_s for o in fixed)
 
 
+def test_at_equal_gaps_the_program_on_layers_beats_layered_prefill() -> None:
+    """On experts, with the lengths of code: as many groups as the limit asks for, and the shortest prompts together."""
+    catalogue, requests = open_catalogue(EXPERTS, "h100-sxm", 1, "vllm"), requests_of("code").scaled_to_rate(8.8)
+    longest = requests.max_context_tokens
+    catalogue.reserve(longest + 129, 256)
+    pool = Pool(1, max_seqs=128, token_budget=longest + 129, max_context_tokens=longest)
+    layered = catalogue.replica(replace(pool, policy="layered"))
+    theirs = simulate(Deployment([layered]), requests)
+    tbt_s = achieved_weighted(*itl(theirs), "p99")
+    linear = linearise(TableClock(layered.model, len(catalogue.model.layers)), Ranges(decodes=(4, 64))).step
+    rule = Receding(linear, tbt_s, axis="layers", decision_s=3e-3)
+    ours = simulate(Deployment([receding_spec(catalogue.replica(pool), rule)]), requests)
+    assert itl(ours)[0].max() <= tbt_s * (1 + 1e-9)
+    assert ours.requests.ttft_s.mean() < 0.75 * theirs.requests.ttft_s.mean()
+
+
 def test_at_equal_gaps_the_program_beats_fixed_budgets_on_long_contexts() -> None:
     """Mooncake's conversations, up to 110,000 tokens: a step of fixed budget grows with what prompts attend to, one
     that is filled up to the limit does not; with decisions of 3 ms, and the p99 TBT of the best budget as its limit,
@@ -134,8 +159,8 @@ def test_at_equal_gaps_the_program_beats_fixed_budgets_on_long_contexts() -> Non
     catalogue = open_catalogue(DENSE, "h100-sxm", 1, "vllm")
     requests = synthesize(load_profile("mooncake-conversation"), 120, seed=0)
     limit = parse_limit("itl", "p99=80ms")
-    ways = Ways(budgets=(256, 512, 1024), chunks=(512,))
-    told = study(catalogue, Pool(1, max_seqs=128), requests, limit, (0.5,), ways, decision_s=3e-3, wider_limits=())
+    ways = Ways(budgets=(512, 1024), chunks=(512,))
+    told = study(catalogue, Pool(1, max_seqs=128), requests, limit, (0.5,), ways, decision_s=3e-3, **ALONE)
     rival = told.loads[0].best(STALL_FREE)
     assert rival is not None and told.equal is not None
     assert told.equal.tbt_p99_s <= rival.tbt_p99_s * (1 + 1e-9)

@@ -56,7 +56,7 @@ def traffic(draw: st.DrawFn) -> Requests:
     count = draw(st.integers(1, 40))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     arrival_s = np.cumsum(rng.exponential(draw(st.sampled_from([1e-3, 1e-2, 0.1])), count))
-    classes = rng.integers(0, 2, count)
+    classes = rng.integers(0, 2, count).astype(np.int16)
     return Requests(arrival_s, rng.integers(1, 300, count), rng.integers(1, 100, count), classes, ("a", "b"))
 
 
