@@ -43,6 +43,7 @@ class Placement:
     objective      load_term + traffic_term, s per step
     bound          seconds that no placement of the problem undercuts
     load_bound     the same for the load term alone
+    stopped        whether the time limit ended the search or the proof
     """
 
     holds: Bools
@@ -54,6 +55,7 @@ class Placement:
     load_bound: float
     solver: str
     wall_s: float
+    stopped: bool = False
 
     @property
     def gap(self) -> float:
@@ -116,6 +118,7 @@ def placement_of(
     *,
     bound: float | None = None,
     load_bound: float | None = None,
+    stopped: bool = False,
 ) -> Placement:
     """The assignment with its costs, its bound no worse than `simple_bound` and no higher than what was reached."""
     holds = holds_of(problem, assignment)
@@ -126,8 +129,9 @@ def placement_of(
     load_bound = max(simple.load_term, load_bound or 0.0)
     bound = max(simple.objective, load_bound + simple.traffic_term, bound or 0.0)
     return Placement(
-        holds, split, load + traffic, load, traffic, min(bound, load + traffic), min(load_bound, load), solver, wall_s
-    )
+        holds, split, load + traffic, load, traffic, min(bound, load + traffic), min(load_bound, load), solver, wall_s,
+        stopped,
+    )  # fmt: skip
 
 
 def simple_bound(problem: Problem) -> Cost:

@@ -85,12 +85,17 @@ def certify(problem: Problem, *, deadline: float = inf) -> Bound:
         return Bound(load, np.zeros(max(pairs, 0)), float(load.sum()))
     rates = _rates(problem)
     gpus, nodes = np.arange(problem.gpus), problem.node_of
-    by_gpu = _stays(problem, gpus, least, deadline) if any(n and f for n, f in rates) else []
     apart = len(set(nodes.tolist())) > 1
-    by_node = _stays(problem, nodes, least, deadline) if apart and any(f > n for n, f in rates) else []
     slots = min(int(problem.slots_of.max()), problem.experts)
     most = np.maximum(np.minimum(np.sort(problem.shares, axis=1)[:, -slots:].sum(axis=1), 1.0), least)
     total = problem.joint.sum(axis=(1, 2))
+    hottest: list[tuple[Floats, Floats, Floats]] = []
+    if problem.traffic == "ports":
+        crossing, groups = (problem.node_of[:, None] != nodes, nodes) if apart else (gpus[:, None] != gpus, gpus)
+        hottest = hottest_port(problem, groups, float(problem.link_s[crossing].min()), least, most)
+    # Then nodes: where time is short, what leaves a node counts for more than what leaves a GPU.
+    by_node = _stays(problem, nodes, least, deadline) if apart and any(f > n for n, f in rates) else []
+    by_gpu = _stays(problem, gpus, least, deadline) if any(n and f for n, f in rates) else []
     cuts: list[tuple[Floats, Floats, Floats]] = []
     none = [Stay(total, np.zeros(pairs), np.zeros(pairs))]
     for n, f in rates:
@@ -103,9 +108,7 @@ def certify(problem: Problem, *, deadline: float = inf) -> Bound:
                         (f - n) * node.there + n * gpu.there,
                     )
                 )
-    if problem.traffic == "ports" and time.perf_counter() < deadline:
-        crossing, groups = (problem.node_of[:, None] != nodes, nodes) if apart else (gpus[:, None] != gpus, gpus)
-        cuts += hottest_port(problem, groups, float(problem.link_s[crossing].min()), least, most)
+    cuts += hottest
     traffic = np.maximum(np.max([c - h * least[:-1] - t * least[1:] for c, h, t in cuts], axis=0), 0.0)
     whole = _whole(problem, least, most, cuts)
     return Bound(load, traffic, max(whole, float(load.sum())) * (1 - ROUNDING))

@@ -64,6 +64,7 @@ def exact(problem: Problem, *, seconds: float = 60.0) -> Placement:
         perf_counter() - start,
         bound=float(value[last]) if bound is None else bound,
         load_bound=float(least.sum()),
+        stopped=bound is not None,
     )
 
 

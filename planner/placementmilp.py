@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import comb, inf
 from time import perf_counter
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pulp
 
 from planner.placement import Bools, Placement, Problem, placement_of
-from planner.placementbaselines import greedy
+from planner.placementbaselines import contiguous, eplb, greedy
 from planner.placementstates import renamings
 
 #: HiGHS's relative tolerances; its bound is lowered by as much.
@@ -29,18 +30,31 @@ def milp(problem: Problem, *, seconds: float = 60.0) -> Placement:
 
     x is binary and tells where copies are. Without replicas y = x, and z is the product of the y. With replicas y is 0
     without a copy and at most 1 ("balanced") or 1/n of an expert with n copies ("even"); where both of a pair's experts
-    have copies z may undercut the product, so that the bound stays valid but a gap can remain. Other placements come
-    from `greedy` when time runs out before any is found, or before the program is even written down.
+    have copies z may undercut the product, so that the bound stays valid but a gap can remain. Without transitions
+    layers are programs of their own, each with its part of the time that is left. Where a program finds nothing in
+    time, or is not even written down, and where a baseline is better, the best of them is taken.
     """
     start = perf_counter()
-    program = _Program(problem, start + seconds)
-    found, bound = program.solve()
-    fallback = greedy(problem)
-    best = fallback
-    if found is not None:
-        best = placement_of(problem, found, "milp", 0.0)
-        best = min((best, fallback), key=lambda placement: placement.objective)
-    return placement_of(problem, best.holds, "milp", perf_counter() - start, bound=bound)
+    apart = problem.joint is None or problem.gpus == 1
+    parts = [problem]
+    if apart:
+        parts = [replace(problem, loads=row[None], transitions=None) for row in problem.loads]
+    holds, bound, stopped = [], 0.0, False
+    for done, part in enumerate(parts):
+        left = start + seconds - perf_counter()
+        program = _Program(part, perf_counter() + left / (len(parts) - done))
+        found, low = program.solve()
+        ways = [contiguous(part), greedy(part), eplb(part)]
+        if found is not None:
+            ways.append(placement_of(part, found, "milp", 0.0))
+        best = min(ways, key=lambda placement: placement.objective)
+        holds.append(best.holds)
+        bound += min(max(low, best.bound), best.objective)
+        stopped |= program.stopped
+    return placement_of(
+        problem, np.concatenate(holds), "milp", perf_counter() - start,
+        bound=bound, load_bound=bound if apart else None, stopped=stopped,
+    )  # fmt: skip
 
 
 class _Program:
@@ -55,6 +69,8 @@ class _Program:
         self.x: dict[tuple[int, int, int], Any] = {}
         self.y: dict[tuple[int, int, int], Any] = {}
         self.costs: list[Any] = []
+        #: Whether time ended the search.
+        self.stopped = True
         for layer in range(problem.layers):
             if self.late:
                 return
@@ -143,7 +159,10 @@ class _Program:
         left = self.deadline - perf_counter()
         if left <= 0:
             return None, 0.0
-        status = self.lp.solve(pulp.HiGHS(msg=False, gapRel=TOLERANCE / 10, timeLimit=left))
+        solver = pulp.HiGHS(msg=False, gapRel=TOLERANCE / 10, timeLimit=left)
+        solver.callSolver = self._run
+        status = self.lp.solve(solver)
+        self.stopped = self.late
         bound = float(self.lp.solverModel.getInfo().mip_dual_bound) * (1.0 - TOLERANCE) * self.unit
         bound = bound if -inf < bound < inf else 0.0
         if pulp.LpStatus[status] != "Optimal":
@@ -152,6 +171,11 @@ class _Program:
         for place, x in self.x.items():
             holds[place] = x.value() > 0.5
         return holds, bound
+
+    def _run(self, lp: Any) -> None:
+        """HiGHS, with the time that handing over the program has left."""
+        lp.solverModel.setOptionValue("time_limit", max(self.deadline - perf_counter(), 0.0))
+        lp.solverModel.run()
 
 
 def _queues(problem: Problem) -> list[tuple[list[tuple[int, int]], float]]:

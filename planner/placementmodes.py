@@ -13,6 +13,9 @@ bundles whose loads add up evenly make the groups.
 
 from __future__ import annotations
 
+import time
+from math import inf
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,16 +29,19 @@ BUNDLES, MOST = 8, 32
 BALANCE = 4.0
 
 
-def distances(problem: Problem, groups: int, rng: np.random.Generator) -> Floats:
+def distances(problem: Problem, groups: int, rng: np.random.Generator, *, deadline: float = inf) -> Floats:
     """Squared distance of every expert to the nearest bundle of each group, layers x experts x groups.
 
-    Needs transitions and at least two groups; the scale means nothing, only comparisons within the table do.
+    Needs transitions and at least two groups; the scale means nothing, only comparisons within the table do. Past
+    `deadline` (time.perf_counter() s) tours and starts of the means end early.
     """
     bundles = min(max(groups, min(BUNDLES * groups, MOST)), problem.experts)
-    points = _points(problem, min(bundles - 1, problem.experts - 1), rng)
+    points = _points(problem, min(bundles - 1, problem.experts - 1), rng, deadline)
     flat, weight = points.reshape(-1, points.shape[2]), problem.shares.reshape(-1)
     best, centres = np.inf, flat[:bundles]
-    for _ in range(SEEDS):
+    for start in range(SEEDS):
+        if start and time.perf_counter() > deadline:
+            break
         value, found = _means(flat, weight, bundles, rng)
         if value < best:
             best, centres = value, found
@@ -81,7 +87,7 @@ def _bundled(problem: Problem, bundle: NDArray[np.intp], bundles: int, groups: i
     return home
 
 
-def _points(problem: Problem, modes: int, rng: np.random.Generator) -> Floats:
+def _points(problem: Problem, modes: int, rng: np.random.Generator, deadline: float) -> Floats:
     """Rows of P^-1/2 H, layers x experts x modes; each mode as long as the part of it that a transition keeps."""
     assert problem.joint is not None
     root = np.sqrt(problem.shares)
@@ -93,6 +99,8 @@ def _points(problem: Problem, modes: int, rng: np.random.Generator) -> Floats:
     for tour in range(TOURS):
         order = range(problem.layers)
         for layer in reversed(order) if tour % 2 == 0 else order:
+            if time.perf_counter() > deadline:
+                break
             drawn = np.zeros_like(h[layer])
             if layer > 0:
                 drawn += links[layer - 1].T @ h[layer - 1]

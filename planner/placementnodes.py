@@ -29,16 +29,19 @@ HOT = 0.7
 ROUNDS = 80
 
 
-def nodes_first(problem: Problem, rng: np.random.Generator, deadline: float) -> Bools | None:
-    """Placement layers x experts x gpus; None where nodes make no difference."""
+def nodes_first(problem: Problem, rng: np.random.Generator, deadline: float, late: float) -> Bools | None:
+    """Placement layers x experts x gpus; None where nodes make no difference, or time is too short.
+
+    deadline, late   when the search on nodes ends, and the packing into their GPUs, time.perf_counter() s
+    """
     node = np.unique(problem.node_of, return_inverse=True)[1]
     size = np.bincount(node)
     if problem.joint is None or problem.traffic != "ports" or len(size) < 2 or size.max() == 1 or problem.layers < 2:
         return None
     whole = _of_nodes(problem, node, size)
     sweeps = Sweeps(whole, rng)
-    sweeps.run(deadline)
-    return packed_in_nodes(problem, node, sweeps.best, deadline)
+    sweeps.run(deadline, deadline + (late - deadline) / 2 if late < np.inf else late)
+    return packed_in_nodes(problem, node, sweeps.best, late) if sweeps.any else None
 
 
 def _of_nodes(problem: Problem, node: Indices, size: Indices) -> Problem:

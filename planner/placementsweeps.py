@@ -80,17 +80,24 @@ class Sweeps:
         self.best = np.zeros((layers, experts, gpus), dtype=np.bool_)
         self.best_s = np.inf
 
-    def run(self, deadline: float) -> None:
-        """First pass, then sweeps, until they gain too little or time is up."""
+    @property
+    def any(self) -> bool:
+        """Whether a placement of all layers was met."""
+        return self.best_s < np.inf
+
+    def run(self, deadline: float, late: float | None = None) -> None:
+        """First pass, then sweeps, until they gain too little or time is up; past `late` also the first pass ends."""
         problem = self.problem
         _, group = np.unique(problem.node_of, return_inverse=True)
         if group.max() == 0:
             group = np.arange(problem.gpus)
         moving = problem.joint is not None and problem.layers > 1 and problem.gpus > 1
         if moving:
-            apart = distances(problem, int(group.max()) + 1, self.rng)
+            apart = distances(problem, int(group.max()) + 1, self.rng, deadline=deadline)
             apart *= float(self.link.mean())  # seconds, so that load prices are of a size with it
         for layer in range(problem.layers):
+            if time.perf_counter() > (deadline if late is None else late):
+                return
             aim = apart[layer][:, group] * problem.shares[layer][:, None] if moving else self.pull(layer)
             self.first(layer, aim)
         self._keep()

@@ -53,7 +53,8 @@ def tuner(problem: Problem, *, seconds: float = 60.0) -> Placement:
     holds = np.zeros((problem.layers, problem.experts, problem.gpus), dtype=bool)
     for own, clustered, gpus in zip(holds, held, gpu_of, strict=True):
         own[:, gpus] = clustered
-    return placement_of(problem, holds, "tuner", perf_counter() - start)
+    took = perf_counter() - start
+    return placement_of(problem, holds, "tuner", took, stopped=took >= seconds)
 
 
 def cluster(shares: Floats, slots: Indices, seconds: float) -> Bools:

@@ -73,8 +73,9 @@ shardwise explain
     With --routing, or a map of experts in the plan, `plan`, `simulate` and `explain` add
     routing      source of the recorded routing; absent for uniform routing
     experts      list of {pool, how (placed: by the routing, map: the plan's, order), expert_map, ranks,
-                 redundant_experts, in_order, busiest_over_mean}: choices of the busiest expert rank over the mean of
-                 all ranks, averaged over layers, with experts in order and as the plan has them
+                 redundant_experts, in_order, busiest_over_mean, even_for}: choices of the busiest expert rank over
+                 the mean of all ranks, averaged over layers, with experts in order and as the plan has them; even_for:
+                 fewer ranks that an uneven map of the plan suits, or null
 
 shardwise models      models: list of {name, parameters, active_parameters, layers, hidden, attention, experts,
                       kv_bytes_per_token, max_context_tokens, published_parameters, source}; KV in 16 bit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +54,22 @@ def report_object(problem: Problem, found: Placement, baselines: dict[str, Place
         }
 
     return {**of(found), "baselines": {name: of(placement) for name, placement in baselines.items()}}
+
+
+def no_worse(found: Placement, baselines: dict[str, Placement], *, keep: bool) -> tuple[Placement, str | None]:
+    """What the solver found, or the best baseline where that takes less, and then the baseline's name.
+
+    keep   take what was found: a baseline that was asked for
+    """
+    name = min(baselines, key=lambda baseline: baselines[baseline].objective)
+    best = baselines[name]
+    if keep or found.objective <= best.objective:
+        return found, None
+    taken = replace(
+        best, solver=found.solver, wall_s=found.wall_s, stopped=found.stopped,
+        bound=min(found.bound, best.objective), load_bound=min(found.load_bound, best.load_term),
+    )  # fmt: skip
+    return taken, name
 
 
 def distribution(
@@ -108,10 +124,14 @@ def show(out: Any, content: dict[str, Any]) -> None:
     ]  # fmt: skip
     columns = ["solver", "busiest / mean", "worst layer", "objective", "bound", "gap", "kernels", "took"]
     rendering.show_table(out, "Seconds per step that depend on the placement", columns, rows)
+    if told := _how(content):
+        rendering.say(out, told)
+    tokens = f"{content['tokens']:,} token{'s' * (content['tokens'] != 1)}"
     rendering.say(
         out,
-        f"A step of {content['tokens']:,} tokens; {seconds(content['seconds_per_choice'])} a choice on its rank "
-        f"({content['experts_format']}, the arithmetic's rate), {content['bytes_per_choice']:,.0f} bytes moved. "
+        f"A step of {tokens}; {seconds(content['seconds_per_choice'])} a choice on its rank "
+        f"({content['engine']}'s {content['experts_format']} kernels, the arithmetic's rate), "
+        f"{content['bytes_per_choice']:,.0f} bytes moved. "
         "Kernels: all that the routed experts take, reading their weights included.",
     )
     least = min(content["baselines"].values(), key=lambda entry: entry["experts_s"])
@@ -127,6 +147,23 @@ def show(out: Any, content: dict[str, Any]) -> None:
         f"{one['solver']} " + ", ".join(f"{name} {one[name]:.2f}" for name in QUANTILES) for one in (before, after)
     )
     rendering.say(out, f"Busiest rank / mean of single steps, over steps and layers, chance included: {told}.")
+
+
+def _how(content: dict[str, Any]) -> str:
+    """Which solver answered instead of the one asked for, which placement is told instead, and what time cut short."""
+    from ui.words import seconds
+
+    told = []
+    if content["asked_solver"] != content["solver"]:
+        told.append(
+            f"With copies --solver {content['asked_solver']} is {content['solver']}, an integer program that may keep "
+            "a gap."
+        )
+    if content["instead"]:
+        told.append(f"{content['solver']} found none as good as {content['instead']}'s, which is taken.")
+    if content["stopped"]:
+        told.append(f"Stopped by --seconds ({seconds(content['seconds'])}); more time may narrow the gap.")
+    return " ".join(told)
 
 
 def show_simulation(out: Any, content: dict[str, Any]) -> None:

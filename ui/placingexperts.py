@@ -34,12 +34,24 @@ def place_experts(
     model: Annotated[str, typer.Option(help="Shipped model, or a Hugging Face config.json.")] = "deepseek-v3",
     hardware: Annotated[str, typer.Option(help="Device or cluster.", metavar="NAME")] = "h200-sxm",
     gpus: Annotated[int, typer.Option(min=1, help="Ranks that share the experts of a layer.")] = 32,
-    replicas: Annotated[int, typer.Option(min=0, help="Extra copies of experts per layer, at most.")] = 0,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Extra copies of experts per layer, at most [default: 0; with --slots, all there is room for]."
+        ),
+    ] = None,
     slots: Annotated[
         int | None, typer.Option(min=1, help="Experts a GPU holds per layer [default: (experts + replicas) / gpus].")
     ] = None,
-    solver: Annotated[str, typer.Option(help=", ".join(SOLVERS) + ".", metavar="NAME")] = "large",
-    seconds: Annotated[float, typer.Option(help="Time after which the best placement found is taken.")] = 60.0,
+    solver: Annotated[
+        str, typer.Option(help=", ".join(SOLVERS) + " (exact with copies is milp).", metavar="NAME")
+    ] = "large",
+    seconds: Annotated[
+        float,
+        typer.Option(
+            help="Time after which the solver's best placement is taken; reading, baselines and tables come on top."
+        ),
+    ] = 60.0,
     concentration: Annotated[
         float | None,
         typer.Option(
@@ -100,15 +112,17 @@ def place_experts(
     from simulator.routingdraws import with_transitions
     from simulator.save import write_files
     from ui import jsonout, questions, rendering, saving
-    from ui.placementreport import distribution, report_object, show, show_simulation, simulation_object
+    from ui.placementreport import distribution, no_worse, report_object, show, show_simulation, simulation_object
     from ui.waiting import bar
 
     if solver not in SOLVERS:
         raise questions.OptionError(f"--solver {solver!r}: expected one of {', '.join(SOLVERS)}")
     if not (isfinite(seconds) and seconds > 0):
         raise questions.OptionError(f"--seconds {seconds}: expected a finite time above 0")
-    if not isfinite(add_count) or (concentration is not None and not isfinite(concentration)):
-        raise questions.OptionError("--add-count and --concentration: expected finite numbers")
+    if not isfinite(add_count):
+        raise questions.OptionError(f"--add-count {add_count}: expected a finite number of at least 0")
+    if concentration is not None and not 0 <= concentration <= 1:  # nan
+        raise questions.OptionError(f"--concentration {concentration}: expected a part of choices from 0 to 1")
     saving.require_writable(save, (*NAMES, PICTURE))
     catalogue = open_catalogue(questions.located(model), hardware, gpus, engine)
     shape, cluster = catalogue.model, catalogue.cluster
@@ -118,7 +132,7 @@ def place_experts(
         stats.check(shape)
         if concentration is not None:
             stats = with_transitions(stats, concentration)
-        each = _slots(stats, gpus, replicas, slots)
+        each, replicas = _slots(stats, gpus, replicas, slots)
         formats = _precision(questions.located(model), cluster, weights)
         problem = problem_of(stats, shape, cluster, formats, each, replicas, tokens or 128 * gpus)
         baselines = {}
@@ -127,12 +141,14 @@ def place_experts(
             baselines[name] = solve(problem, solver=name, seconds=seconds, seed=seed, groups=groups)
         waiting.at(f"placing: {solver}", None)
         found = baselines.get(solver) or solve(problem, solver=solver, seconds=seconds, seed=seed)
+        found, instead = no_worse(found, baselines, keep=solver in BASELINES)
         content = report_object(problem, found, baselines)
         content |= {
             "model": shape.name, "hardware": cluster.name, "gpus": gpus, "slots_per_gpu": each, "replicas": replicas,
             "experts": stats.experts, "layers": list(stats.layers), "routing": stats.source,
             "transitions": stats.transitions is not None, "tokens": tokens or 128 * gpus,
-            "experts_format": formats.weights,
+            "experts_format": formats.weights, "engine": engine, "asked_solver": solver, "instead": instead,
+            "stopped": found.stopped, "seconds": seconds,
             "seconds_per_choice": problem.seconds_per_token, "bytes_per_choice": problem.bytes_per_token,
         }  # fmt: skip
         for entry, placement in [(content, found), *((content["baselines"][n], p) for n, p in baselines.items())]:
@@ -217,14 +233,18 @@ def _precision(model: str, cluster: Cluster, weights: str | None) -> Precision:
     return Precision(chosen, arithmetic)
 
 
-def _slots(stats: RoutingStats, gpus: int, replicas: int, given: int | None) -> int:
-    """Slots per GPU; raises PlanError where experts and replicas do not divide evenly, or a GPU has no use for all."""
+def _slots(stats: RoutingStats, gpus: int, copies: int | None, given: int | None) -> tuple[int, int]:
+    """Slots per GPU and replicas; slots without a number of replicas may all be filled with copies.
+
+    Raises PlanError where experts and replicas do not divide evenly, or a GPU has no use for all slots.
+    """
     from planner.errors import PlanError
 
     if given is not None:
         if given > stats.experts:
             raise PlanError(f"{given} slots on a GPU for {stats.experts} experts; expected at most one slot for each")
-        return given
+        return given, max(0, given * gpus - stats.experts) if copies is None else copies
+    replicas = copies or 0
     slots, over = divmod(stats.experts + replicas, gpus)
     if over:
         fewer = f"{replicas - over} or " if replicas >= over else ""
@@ -232,4 +252,4 @@ def _slots(stats: RoutingStats, gpus: int, replicas: int, given: int | None) -> 
             f"{stats.experts} experts and {replicas} replicas do not divide over {gpus} GPUs ({over} left over); "
             f"expected {fewer}{replicas + gpus - over} replicas, or --slots"
         )
-    return slots
+    return slots, replicas

@@ -259,4 +259,7 @@ def balance(found: Balance, pools: int, source: str) -> str:
         )
     moved = found.how != "order" or found.redundant_experts > 0
     before = f"{found.in_order:.2f}x -> " if moved else ""
-    return f"Experts{where} {how}{more}: busiest rank {before}{found.busiest_over_mean:.2f}x the mean."
+    told = f"Experts{where} {how}{more}: busiest rank {before}{found.busiest_over_mean:.2f}x the mean."
+    if found.even_for is not None:
+        told += f" The map is even over {found.even_for} ranks, for which it may have been made, not for {found.ranks}."
+    return told

@@ -133,6 +133,8 @@ def test_unknown_names_offer_the_nearest(tmp_path):
     for name in ("", "no/such/config.json", "a\0b", "x" * 5000, str(tmp_path)):
         with pytest.raises(ProfileError):
             load_model(name)
+    with pytest.raises(ProfileError, match=r"nearest: [^,]+(, [^,]+){4} \(or give"):  # five where none is alike
+        load_model("qqqq")
 
 
 def test_a_model_profile_of_ones_own(tmp_path):

@@ -280,7 +280,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, content: object, mess
     path = written(tmp_path / "bad.json", content)
     with pytest.raises(RoutingError, match=message) as caught:
         read_routing(path, DEEPSEEK)
-    assert str(caught.value).startswith("bad.json: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
 def test_bad_counts_name_layer_and_expert_of_the_model(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from planner import placementstates, placementtuner
 from planner.errors import PlanError
-from planner.placement import Problem, objective_of
+from planner.placement import Problem, objective_of, solve
 from planner.placementbaselines import contiguous, eplb, greedy, random
 from planner.placementexact import exact
 from planner.placementmilp import milp
@@ -160,6 +161,27 @@ def test_without_transitions_every_layer_is_on_its_own() -> None:
     whole = exact(Problem(loads, None, 3, 2))
     assert whole.objective == pytest.approx(sum(exact(Problem(row[None], None, 3, 2)).objective for row in loads))
     assert whole.traffic_term == 0.0
+
+
+def test_layers_with_copies_are_programs_of_their_own_where_nothing_moves() -> None:
+    loads = np.random.default_rng(2).gamma(1.0, 1.0, (3, 4))
+    whole = milp(Problem(loads, None, 2, 3, 2))
+    alone = [milp(Problem(row[None], None, 2, 3, 2)) for row in loads]
+    assert whole.objective == pytest.approx(sum(found.objective for found in alone))
+    assert whole.bound == pytest.approx(sum(found.bound for found in alone))
+    assert whole.gap <= 1e-5 and not whole.stopped
+
+
+@pytest.mark.parametrize("transitions", [False, True])
+@pytest.mark.parametrize("seconds", [1e-9, 0.3])
+def test_in_any_time_the_program_is_no_worse_than_the_baselines(transitions: bool, seconds: float) -> None:
+    problem = drawn(3, (6, 8, (4,) * 4, (0,) * 4), "ports", replicas=8)
+    if not transitions:
+        problem = replace(problem, transitions=None)
+    found = milp(problem, seconds=seconds)
+    best = min(solve(problem, solver=name).objective for name in ("contiguous", "greedy", "eplb"))
+    assert found.bound <= found.objective <= best * (1 + 1e-9)
+    assert found.stopped or seconds > 1e-9
 
 
 def test_out_of_time_there_is_still_a_placement_and_its_gap() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.errors import PlanError
-from planner.placement import Placement, Problem, objective_of, solve
+from planner.placement import Placement, Problem, objective_of, rank_shares, solve
 from planner.placementbound import certify, least_busiest
 from planner.placementlarge import large
 from planner.placementminimax import minimax
@@ -153,6 +154,31 @@ def test_time_limit_returns_the_best_found_with_its_gap():
     longer = large(problem, seconds=30)
     assert longer.objective <= found.objective * (1 + 1e-12)
     assert longer.bound >= found.bound * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("transitions", [True, False])
+@pytest.mark.parametrize("seconds", [1e-3, 0.02, 0.1, 0.3])
+def test_short_limits_are_never_worse_than_the_baselines_and_tell_that_time_ended(transitions, seconds):
+    problem = drawn(3, 8, 128, 16, slots=9, replicas=16, nodes=2)
+    if not transitions:
+        problem = replace(problem, transitions=None)
+    found = large(problem, seconds=seconds)
+    best = min(solve(problem, solver=name).objective for name in ("contiguous", "greedy", "eplb"))
+    assert found.bound <= found.objective <= best * (1 + 1e-9)
+    assert found.stopped or seconds > 1e-3
+    assert objective_of(problem, found.holds).objective == pytest.approx(found.objective)
+
+
+def test_a_search_that_ends_by_itself_was_not_stopped():
+    assert not large(drawn(1, 3, 16, 4, slots=4, nodes=2), seconds=600).stopped
+
+
+def test_without_transitions_every_layer_is_as_good_as_the_best_baseline_for_it():
+    rng = np.random.default_rng(8)
+    problem = Problem(rng.lognormal(0, 1.2, (6, 64)), None, 8, 9, 8)
+    found = rank_shares(problem, large(problem, seconds=0.01).split).max(axis=1)
+    for name in ("contiguous", "greedy", "eplb"):
+        assert (found <= rank_shares(problem, solve(problem, solver=name).split).max(axis=1) * (1 + 1e-9)).all()
 
 
 def test_uneven_slots_are_respected():

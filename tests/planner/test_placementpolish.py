@@ -48,7 +48,7 @@ def test_swaps_never_end_worse_nor_below_the_bound(seed: int, replicas: int, spa
 @given(seed=st.integers(0, 10**6), replicas=st.sampled_from([0, 6]))
 def test_nodes_first_places_every_expert_within_the_slots(seed: int, replicas: int) -> None:
     problem = drawn(seed, replicas)
-    found = nodes_first(problem, np.random.default_rng(0), inf)
+    found = nodes_first(problem, np.random.default_rng(0), inf, inf)
     assert found is not None
     assert holds_of(problem, found) is found
     assert objective_of(problem, found).objective >= certify(problem).objective_s * (1 - 1e-9)
@@ -57,8 +57,8 @@ def test_nodes_first_places_every_expert_within_the_slots(seed: int, replicas: i
 
 def test_nodes_first_needs_nodes_and_ports() -> None:
     rng = np.random.default_rng(0)
-    assert nodes_first(drawn(0, 0, nodes=1), rng, inf) is None
-    assert nodes_first(drawn(0, 0, traffic="pairs"), rng, inf) is None
+    assert nodes_first(drawn(0, 0, nodes=1), rng, inf, inf) is None
+    assert nodes_first(drawn(0, 0, traffic="pairs"), rng, inf, inf) is None
 
 
 def test_a_swap_that_undoes_harm_is_found() -> None:

@@ -1,6 +1,7 @@
 """Plans and numbers in words: the examples in the docstrings, and what they promise."""
 
 import doctest
+from dataclasses import replace
 
 import ui.words
 from planner.expertbalance import Balance
@@ -36,6 +37,8 @@ def test_placements_that_the_engine_does_not_start_from():
 def test_without_routing_no_gain_is_told():
     found = Balance(0, "map", "map.json", 4, 4, 1.0, 1.25)
     assert balance(found, 1, "counts.json").endswith("busiest rank 1.00x -> 1.25x the mean.")
+    halved = replace(found, ranks=16, even_for=8)
+    assert balance(halved, 1, "counts.json").endswith("even over 8 ranks, for which it may have been made, not for 16.")
     assert balance(found, 1, "") == (
         "Experts as in map.json, 4 redundant. No routing is recorded (--routing): tokens choose all experts alike, "
         "which gives the busiest rank 1.25x the mean."
