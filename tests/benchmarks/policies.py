@@ -40,7 +40,8 @@ def main() -> None:
     catalogue = open_catalogue("llama-3.1-70b", "h100-sxm", 4, "vllm")
     rng = np.random.default_rng(0)
     prompts, outputs = rng.geometric(1 / 1024, REQUESTS).clip(1, 8000), rng.geometric(1 / 256, REQUESTS).clip(1, 4000)
-    arrivals, classes = np.cumsum(rng.exponential(1 / RATE_PER_S, REQUESTS)), rng.integers(0, 2, REQUESTS)
+    arrivals = np.cumsum(rng.exponential(1 / RATE_PER_S, REQUESTS))
+    classes = rng.integers(0, 2, REQUESTS).astype(np.int16)
     requests = Requests(arrivals, prompts, outputs, classes, ("urgent", "patient"))
     found = {}
     for name, fields in POOLS.items():
