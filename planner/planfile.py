@@ -181,7 +181,7 @@ def _pool_problems(pool: Pool) -> Iterator[str]:
         try:
             scheduler_of(pool)
         except SchedulerError as error:
-            yield str(error)
+            yield str(error).replace("targets_s", "deadlines_s")
     if pool.policy == "layered" and (pool.pp > 1 or pool.attention_dp > 1):
         yield f"policy is 'layered', expected chunked with pp {pool.pp} and attention_dp {pool.attention_dp}"
     elif pool.policy == "layered" and pool.role != "aggregated":
