@@ -22,7 +22,6 @@ from planner.prefill import BestPossible
 from planner.prefillbound import ttft_bound
 from planner.prefillcontenders import PROGRAMS, Family, Ways, contenders
 from planner.prefillcosts import LinearStep
-from planner.prefillhorizon import require_tbt
 from planner.prefilllinear import Ranges, TableClock, linearise, minorant
 from planner.prefillsteps import window_of
 from planner.prefillwindow import from_within
@@ -196,7 +195,12 @@ def study(
     specs = [(one, one.replica(catalogue, pool)) for one in some]
     base = catalogue.replica(pool)
     clock = TableClock(base.model, layers, pool.attention_dp)
-    require_tbt(clock, (), limit.seconds)
+    floor_s = clock.step_s(1, 1, ())
+    if not limit.seconds >= floor_s:
+        raise NoFeasiblePlanError(
+            f"TBT limit {limit.seconds * 1e3:.4g} ms: a step of 1 decode alone takes {floor_s * 1e3:.4g} ms, which is "
+            "the floor; expected at least that"
+        )
     whole = most + pool.max_seqs
     run = _Runs(catalogue.engine.request_overhead_s, limit, minorant(base.model, layers) if plain else None, whole)
     programs: dict[Family, tuple[ReplicaSpec, Receding]] = {}
@@ -246,7 +250,7 @@ def study(
         with suppress(NoFeasiblePlanError):  # sequences that decode then take longer than the limit
             window = from_within(spec, run.below, clock, programs["receding"][1], traffic, limit, ways, whole)
     best = min(equal, key=lambda o: o.ttft_mean_s, default=None)
-    return Study(limit, tuple(loads), tuple(most_of), at, tuple(wider), best, window, clock.step_s(1, 1, ()))
+    return Study(limit, tuple(loads), tuple(most_of), at, tuple(wider), best, window, floor_s)
 
 
 def _reached(family: Family, load: Load, tbt_s: float) -> bool:

@@ -114,6 +114,7 @@ def show(out: Any, study: Study, content: dict[str, Any]) -> None:
         rows.append([f"{one.load_per_s:g}", *cells, seconds(one.bound_s)])
     columns = ["requests/s", *CUTS, "program", "bound"]
     rendering.show_table(out, "The best that keeps the limit, and its mean TTFT", columns, rows, words=6)
+    rendering.say(out, _where(study))
     program = load.best(PROGRAMS) or next((o for o in load.outcomes if o.family in PROGRAMS), None)
     if program is not None:
         _show_program(out, program, load.best(STALL_FREE), study.equal, content)
@@ -128,6 +129,27 @@ def show(out: Any, study: Study, content: dict[str, Any]) -> None:
                 f"({study.window.bound.proof}); {near.name}, which keeps the limit, has {seconds(near.ttft_s)}: at "
                 f"most {percent(near.gap)} can be saved.",
             )
+
+
+def _where(study: Study) -> str:
+    """What "-" means in the table of the best, where it has any, and at which load the table of all schedules is."""
+    from planner.prefillcontenders import PROGRAMS
+
+    kinds = {**CUTS, "program": PROGRAMS}
+    tried = {o.family for load in study.loads for o in load.outcomes}
+    none = [kind for kind, families in kinds.items() if tried.isdisjoint(families)]
+    some = [families for kind, families in kinds.items() if kind not in none]
+    dashes = []
+    if any(load.best(families) is None for load in study.loads for families in some):
+        dashes.append("no schedule of that kind keeps the limit at that load")
+    if none:
+        dashes.append(f"{' and '.join(none)} not tried for pipelines and attention groups")
+    at = study.loads[study.frontier]
+    why = "the highest at which a schedule keeps the limit"
+    if at.best() is None:
+        why = "the lowest, as no schedule keeps the limit at any"
+    text = f"The longer table above is at {at.load_per_s:g} requests per second, {why}."
+    return f"-: {'; '.join(dashes)}. {text}" if dashes else text
 
 
 def _show_program(

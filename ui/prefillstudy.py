@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +12,20 @@ import typer
 if TYPE_CHECKING:
     from planner.catalogue import Catalogue
     from planner.plan import Pool
+    from simulator.limits import Limit
 
 #: What is compared where nothing else is said: a mixture of experts on one device, prompts that far outweigh answers.
 MODEL, HARDWARE, WORKLOAD, REQUESTS = "qwen3-30b-a3b", "h100-sxm", "azure-code-2023", 300
+#: Tokens and prompt tokens of a step that are tried where nothing else is said, ascending.
+BUDGETS, CHUNKS = (256, 512, 1024, 2048, 4096, 8192), (256, 512, 1024)
+#: Steps that the program may look ahead: the time of every decision grows with them.
+MOST_STEPS = 64
 #: What --save writes.
 FILES = ("study.json", "study.csv", "frontier.svg")
+
+
+def _words(counts: Iterable[int]) -> str:
+    return ",".join(map(str, counts))
 
 
 def prefill_study(
@@ -58,9 +68,19 @@ def prefill_study(
         ),
     ] = None,
     budgets: Annotated[
-        str, typer.Option(help="Tokens of a step.", metavar="LIST")
-    ] = "256,512,1024,2048,4096,8192",
-    chunks: Annotated[str, typer.Option(help="Prompt tokens of a step, of SARATHI.", metavar="LIST")] = "256,512,1024",
+        str | None,
+        typer.Option(
+            help=f"Tokens of a step [default: those of {_words(BUDGETS)} that max_seqs decodes fit in].",
+            metavar="LIST",
+        ),
+    ] = None,
+    chunks: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Prompt tokens of a step, of SARATHI [default: those of {_words(CHUNKS)} within the largest budget].",
+            metavar="LIST",
+        ),
+    ] = None,
     groups: Annotated[
         str | None,
         typer.Option(
@@ -77,7 +97,7 @@ def prefill_study(
         ),
     ] = "1s,4s",
     max_seqs: Annotated[int | None, typer.Option(min=1, help="Sequences in a step [default: 128].")] = None,
-    horizon: Annotated[int, typer.Option(help="Steps that the program looks ahead.")] = 8,
+    horizon: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Steps that the program looks ahead.")] = 8,
     decision: Annotated[
         str,
         typer.Option(help="What a decision of the program takes, such as 3ms or 0ms, or 'measured'.", metavar="TIME"),
@@ -98,7 +118,6 @@ def prefill_study(
     """
     from planner.prefillcontenders import Ways
     from planner.prefillstudy import study
-    from simulator.limits import parse_limit
     from simulator.save import write_files
     from ui import jsonout, questions, rendering, saving
     from ui.frontierfigure import frontier_figure
@@ -108,14 +127,12 @@ def prefill_study(
     saving.require_writable(save, FILES)
     if not (isfinite(ageing) and ageing >= 0):
         raise questions.OptionError(f"--ageing {ageing}: expected a finite number of at least 0")
-    limit = parse_limit("itl", tbt)
-    ways = Ways(
-        questions.numbers("--budgets", budgets, questions.MOST_TOKENS),
-        questions.numbers("--chunks", chunks, questions.MOST_TOKENS),
-        () if groups is None else questions.numbers("--groups", groups, 1024),
-        ageing,
-        tuple(parse_limit("ttft", word.strip()).seconds for word in deadlines.split(",")),
-    )
+    limit = _tbt(tbt)
+    token_budgets = None if budgets is None else questions.numbers("--budgets", budgets, questions.MOST_TOKENS)
+    chunk_tokens = None if chunks is None else questions.numbers("--chunks", chunks, questions.MOST_TOKENS)
+    layer_groups = () if groups is None else questions.numbers("--groups", groups, 1024)
+    deadlines_s = tuple(_time_s("--deadlines", deadlines, word, "times above 0 with units, such as 1s,4s")
+                        for word in deadlines.split(","))  # fmt: skip
     loads = () if rates is None else _rates(rates)
     decision_s = None if decision == "measured" else _decision_s(decision)
     if plan is not None and (model, hardware, gpus, tp, engine, max_seqs) != (None,) * 6:
@@ -124,6 +141,8 @@ def prefill_study(
     traffic = questions.Traffic(trace, workload or (None if trace else WORKLOAD), requests or REQUESTS, drop_empty)
     arriving = traffic.requests(seed)
     catalogue, pool = _studied(plan, model, hardware, gpus, tp, ep, engine, max_seqs, cost)
+    token_budgets = _budgets(token_budgets, pool.max_seqs)
+    ways = Ways(token_budgets, _chunks(chunk_tokens, token_budgets[-1]), layer_groups, ageing, deadlines_s)
     with bar() as waiting:
         found = study(
             catalogue, pool, arriving, limit, loads, ways, horizon=horizon, decision_s=decision_s, waiting=waiting.at
@@ -177,6 +196,31 @@ def _studied(
     return catalogue, Pool(1, tp=tp, ep=ep, expert_tp=tp // ep if experts else 1, max_seqs=max_seqs or 128)
 
 
+def _budgets(typed: tuple[int, ...] | None, max_seqs: int) -> tuple[int, ...]:
+    """Tokens of a step, in all of which a decode of every sequence fits: those typed, or what is left of BUDGETS."""
+    from ui.questions import OptionError
+
+    if max_seqs > BUDGETS[-1]:
+        raise OptionError(f"max_seqs of {max_seqs}: expected at most {BUDGETS[-1]} sequences in a step, as are studied")
+    if typed is not None and typed[0] < max_seqs:
+        raise OptionError(
+            f"--budgets {_words(typed)}: {typed[0]} found, expected at least {max_seqs} tokens, one for every sequence "
+            "(max_seqs)"
+        )
+    return typed or tuple(tokens for tokens in BUDGETS if tokens >= max_seqs)
+
+
+def _chunks(typed: tuple[int, ...] | None, most: int) -> tuple[int, ...]:
+    """Prompt tokens of a step within the largest budget: those typed, or what is left of CHUNKS, or all of it."""
+    from ui.questions import OptionError
+
+    if typed is not None and typed[-1] > most:
+        raise OptionError(
+            f"--chunks {_words(typed)}: {typed[-1]} found, expected at most {most}, the largest of --budgets"
+        )
+    return typed or tuple(tokens for tokens in CHUNKS if tokens <= most) or (most,)
+
+
 def _rates(text: str) -> tuple[float, ...]:
     from ui.questions import OptionError
 
@@ -192,13 +236,35 @@ def _rates(text: str) -> tuple[float, ...]:
     return tuple(sorted(set(found)))
 
 
-def _decision_s(text: str) -> float:
+def _tbt(text: str) -> Limit:
+    from simulator.errors import MetricError
     from simulator.limits import parse_limit
     from ui.questions import OptionError
 
-    if text.strip() in ("0", "0s", "0ms"):
+    try:
+        return parse_limit("itl", text)
+    except MetricError:
+        raise OptionError(
+            f"--tbt {text}: expected a time above 0 with its unit, for mean, max or a percentile, such as p99=100ms"
+        ) from None
+
+
+def _decision_s(text: str) -> float:
+    if text.strip() in ("0", "0s", "0ms", "0us"):
         return 0.0
-    found = parse_limit("itl", text)
-    if "=" in text:
-        raise OptionError(f"--decision {text}: expected a time such as 3ms, or 'measured'")
-    return found.seconds
+    return _time_s("--decision", text, text, "a time such as 3ms or 0ms, or 'measured'")
+
+
+def _time_s(option: str, text: str, word: str, expected: str) -> float:
+    """Seconds of one word of an option, which has a unit and no statistic."""
+    from simulator.errors import MetricError
+    from simulator.limits import parse_limit
+    from ui.questions import OptionError
+
+    try:
+        if "=" not in word:
+            return parse_limit("ttft", word).seconds
+    except MetricError:
+        pass
+    found = "" if word == text else f"{word!r} found, "
+    raise OptionError(f"{option} {text}: {found}expected {expected}")

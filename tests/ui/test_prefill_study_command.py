@@ -6,10 +6,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from planner.prefillcontenders import FAMILIES
+from planner.prefillcontenders import FAMILIES, Ways
 from ui.cli import main
 from ui.frontierfigure import NAMES
-from ui.prefillstudy import FILES
+from ui.prefillstudy import BUDGETS, CHUNKS, FILES
 
 SMALL = (
     "--requests", 40, "--budgets", "512,2048,8192", "--chunks", "512", "--rates", "3,6", "--decision", "3ms",
@@ -116,18 +116,70 @@ def test_pipelines_are_studied_without_layers_program_and_bound(tmp_path, capsys
     assert code == 0
     assert "layered" not in out and "receding" not in out
     assert "no bound is known" in " ".join(out.split())
+    assert "-: groups and program not tried for pipelines and attention groups. The longer table above is at 2 " in (
+        " ".join(out.split())
+    )
+
+
+def names(answer, family):
+    return [o["name"] for o in answer["loads"][0]["outcomes"] if o["family"] == family]
+
+
+def test_only_budgets_that_every_sequence_fits_in_are_tried_by_default(tmp_path, capsys):
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "version: 2\nmodel: qwen3-8b\nhardware: h100-sxm\ngpus: 2\npools:\n- {replicas: 1, pp: 2, max_seqs: 1024}\n"
+    )
+    assert (Ways().budgets, Ways().chunks) == (BUDGETS, CHUNKS)
+    code, out, err = run(capsys, path, "--requests", 10, "--rates", 2, "--json")
+    assert (code, err) == (0, "")
+    assert names(json.loads(out), "sarathi-serve") == [f"sarathi-serve {n}" for n in (1024, 2048, 4096, 8192)]
+    code, _, err = run(capsys, path, "--budgets", "256,2048")
+    assert code == 2 and "--budgets 256,2048: 256 found, expected at least 1024 tokens" in err
+
+
+@pytest.mark.parametrize(("budget", "chunks"), [(512, (256, 512)), (128, (128,))])
+def test_only_chunks_within_a_budget_are_tried_by_default(budget, chunks, tmp_path, capsys):
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "version: 2\nmodel: qwen3-8b\nhardware: h100-sxm\ngpus: 2\npools:\n- {replicas: 1, pp: 2, max_seqs: 32}\n"
+    )
+    code, out, err = run(capsys, path, "--requests", 10, "--rates", 2, "--budgets", budget, "--json")
+    assert (code, err) == (0, "")
+    assert names(json.loads(out), "sarathi") == [f"sarathi {n}" for n in chunks]
+
+
+def test_what_a_dash_means_and_where_the_longer_table_is_are_told(capsys):
+    code, out, _ = run(capsys, *SMALL)
+    assert code == 0
+    told = " ".join(out.split())
+    assert "The longer table above is at 6 requests per second, the highest at which a schedule keeps the" in told
+    code, out, _ = run(capsys, *SMALL, "--tbt", "max=8ms")
+    told = " ".join(out.split())
+    assert code == 0
+    assert "-: no schedule of that kind keeps the limit at that load. The longer table above is at 3 requests" in told
+    assert "the lowest, as no schedule keeps the limit at any." in told
 
 
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (("--horizon", 0), 4, "horizon of 0 steps: expected at least 1"),
-        (("--tbt", "p99=1ms"), 7, "which is the floor"),
-        (("--chunks", 16384), 4, "chunk_tokens=16384: expected 1 to the token_budget of 8192"),
+        (("--horizon", 0), 2, "'--horizon': 0 found, expected at least 1"),
+        (("--horizon", 100000), 2, "'--horizon': 100000 found, expected at most 64"),
+        (("--tbt", "p99=1ms"), 7, "which is the floor; expected at least that\n"),
+        (("--tbt", "p99=1ms"), 7, "a step of 1 decode alone"),
+        (("--tbt", "ttft=1"), 2, "--tbt ttft=1: expected a time above 0 with its unit, for mean, max or a percentile"),
+        (("--tbt", "ttft=1s"), 2, "--tbt ttft=1s: expected a time above 0"),
+        (("--chunks", 16384), 2, "--chunks 16384: 16384 found, expected at most 8192, the largest of --budgets"),
         (("--groups", 7), 4, "7 groups of 48 layers: expected a number that divides them, such as 6"),
-        (("--budgets", 32), 4, "max_seqs=64"),
+        (("--budgets", "32,512"), 2, "--budgets 32,512: 32 found, expected at least 64 tokens"),
+        (("--max-seqs", 10000), 2, "max_seqs of 10000: expected at most 8192"),
         (("--rates", "2,0"), 2, "expected requests per second above 0"),
-        (("--decision", "soon"), 4, "expected a time above 0 with its unit"),
+        (("--decision", "soon"), 2, "--decision soon: expected a time such as 3ms or 0ms, or 'measured'"),
+        (("--decision", "3"), 2, "--decision 3: expected a time such as 3ms"),
+        (("--decision", "p99=3ms"), 2, "--decision p99=3ms: expected a time such as 3ms"),
+        (("--deadlines", "abc"), 2, "--deadlines abc: expected times above 0 with units, such as 1s,4s"),
+        (("--deadlines", "1s,2"), 2, "--deadlines 1s,2: '2' found, expected times above 0 with units, such as 1s,4s"),
         (("--ageing", -1), 2, "--ageing -1.0: expected a finite number of at least 0"),
         (("--gpus", 2, "--tp", 1), 2, "--gpus 2 with --tp 1: expected as many"),
         (("--tp", 2, "--ep", 3), 2, "--ep 3 with --tp 2: expected a number that divides it"),
