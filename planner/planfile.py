@@ -183,7 +183,11 @@ def _pool_problems(pool: Pool) -> Iterator[str]:
         except SchedulerError as error:
             yield str(error).replace("targets_s", "deadlines_s")
     if pool.policy == "layered" and (pool.pp > 1 or pool.attention_dp > 1):
-        yield f"policy is 'layered', expected chunked with pp {pool.pp} and attention_dp {pool.attention_dp}"
+        where = f"pp is {pool.pp}" if pool.pp > 1 else f"attention_dp is {pool.attention_dp}"
+        yield (
+            f"policy is 'layered', expected another where {where}: layers pass in groups on one stage and one "
+            "attention group"
+        )
     elif pool.policy == "layered" and pool.role != "aggregated":
         yield f"policy is 'layered', expected chunked with role {pool.role}: groups of layers pass beside own decodes"
 

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hwmodels.contextattention import kind_of
+from hwmodels.errors import MappingError
 from hwmodels.hardware import Cluster
 from hwmodels.mapping import Mapping, Precision
 from hwmodels.operators import Kind
 from hwmodels.shape import ModelShape
-from planner.catalogue import Catalogue, format_problem, law_broken
+from planner.catalogue import Catalogue, context_law_broken, format_problem, law_broken
 from planner.offloadchoices import AwayChoices, ways_away
 from planner.plan import Pool, PrefixCaching
 from planner.schedules import Schedules
@@ -30,6 +31,7 @@ class Choices:
     cp            degrees of context parallelism that are looked at; None: 1, and larger powers of two where no replica
                   fits (long_context says where prompts are long enough to ask for them in any case)
     cp_kinds      kinds of it
+    context_budgets   those of token_budgets that are for replicas with cp above 1 only
     away          of experts that devices do not hold; None: they hold all, unless nothing would fit
     schedules     chunks, groups of layers, orders of the queue and overlap
     """
@@ -45,6 +47,16 @@ class Choices:
     schedules: Schedules = field(default_factory=Schedules)
     cp: tuple[int, ...] | None = (1,)
     cp_kinds: tuple[Kind, ...] = ("ring",)
+    context_budgets: tuple[int, ...] = ()
+
+    def budgets(self, cp: int) -> tuple[int, ...]:
+        """Token budgets that are looked at with this degree of context parallelism.
+
+        >>> Choices(token_budgets=(512, 16384), context_budgets=(16384,)).budgets(1)
+        (512,)
+        """
+        kept = tuple(tokens for tokens in self.token_budgets if cp > 1 or tokens not in self.context_budgets)
+        return kept or self.token_budgets
 
 
 @dataclass(slots=True)
@@ -141,7 +153,11 @@ def enumerate_pools(catalogue: Catalogue, choices: Choices, longest_tokens: int)
 
     Every policy but 'chunked' runs whole prompts, so its step must hold the longest request. Where `choices.cp` is None
     and no replica fits, those of several context-parallel ranks are.
+
+    Raises MappingError where the model has not the heads for any of the degrees and kinds in `choices`.
     """
+    if choices.cp is not None:
+        _require_heads(catalogue.model, choices.cp, choices.cp_kinds)
     space = _enumerated(catalogue, choices, longest_tokens, (1,) if choices.cp is None else choices.cp)
     if space.pools or choices.cp is not None:
         return space
@@ -149,15 +165,29 @@ def enumerate_pools(catalogue: Catalogue, choices: Choices, longest_tokens: int)
     return Space(found.pools, space.broken + found.broken)
 
 
+def _require_heads(model: ModelShape, cps: tuple[int, ...], kinds: tuple[Kind, ...]) -> None:
+    """Raise MappingError where every degree and kind breaks the law of heads with tp 1, and so with any tp."""
+    attentions = [layer.attention for layer in model.layers]
+    laws = [context_law_broken(attentions, Mapping(cp=cp, cp_kind=kind)) for cp in cps if cp > 1 for kind in kinds]
+    if 1 in cps or not laws or None in laws:
+        return
+    heads = max(attention.heads for attention in attentions)
+    raise MappingError(
+        f"cp {', '.join(map(str, cps))} of {model.name} with kind {', '.join(kinds)}: {laws[0]}; "
+        f"expected a cp that divides its {heads} query heads, or kind ring"
+    )
+
+
 def _enumerated(catalogue: Catalogue, choices: Choices, longest_tokens: int, cps: tuple[int, ...]) -> Space:
     space = Space()
     model, cluster = catalogue.model, catalogue.cluster
-    whole = max(choices.token_budgets[-1], longest_tokens)
     served = min(model.max_context_tokens, -(-longest_tokens // CONTEXT_STEP) * CONTEXT_STEP)
-    least = choices.token_budgets[0] if "chunked" in choices.policies else whole, choices.max_seqs[0]
     usual = (0, 1) if catalogue.placed and catalogue.routing is not None else (0,)
     spare_slots = usual if choices.spare_slots is None else choices.spare_slots
     for mapping in mappings(model, cluster, spare_slots, cps, choices.cp_kinds):
+        budgets = choices.budgets(mapping.cp)
+        whole = max(budgets[-1], longest_tokens)
+        least = budgets[0] if "chunked" in choices.policies else whole, choices.max_seqs[0]
         law = law_broken(model, mapping) or placement_broken(mapping, cluster)
         if law is None and choices.spare_slots is None and mapping.redundant_experts:
             law = None if catalogue.seating.copies_help(mapping) else NO_RELIEF
@@ -168,7 +198,7 @@ def _enumerated(catalogue: Catalogue, choices: Choices, longest_tokens: int, cps
                 else ways_away(catalogue, choices.away, mapping, precision, longest_tokens, least)
             )
             for policy in choices.policies:
-                for budget in choices.token_budgets if policy == "chunked" else (whole,):
+                for budget in budgets if policy == "chunked" else (whole,):
                     cuts = choices.schedules.of(policy, budget, alone=mapping.tp * mapping.token_groups == 1)
                     for max_seqs in choices.max_seqs:
                         broken = unserved

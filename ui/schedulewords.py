@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
 from hwmodels.overlap import Overlap
-from planner.schedules import Schedules
+from planner.schedules import DEFAULTS, Schedules
+from planner.space import Choices
 from simulator.errors import MetricError, SchedulerError
 from simulator.limits import parse_limit
 from simulator.orders import ORDERS
@@ -26,7 +27,8 @@ def schedules(
 ) -> Schedules:
     """What may be varied of schedules, of lists between commas; what was not typed is left at its default.
 
-    Raises OptionError for words that are none of those known, and orders without what they need.
+    Raises OptionError for words that are none of those known, orders without what they need, and what only one order
+    heeds without it.
 
     >>> schedules("256,none", None, "fcfs,shortest", 100.0, None, None).chunk_tokens
     (None, 256)
@@ -52,10 +54,43 @@ def schedules(
         raise OptionError(
             f"--order {order} without --deadlines: expected TTFT aimed at, such as 2s, or 1s,10s by class"
         )
+    for option, typed, needed in (("--deadlines", deadlines, "deadline"), ("--ageing", ageing, "shortest")):
+        if typed is not None and needed not in fields.get("orders", ()):
+            raise OptionError(
+                f"{option} {typed} without --order {needed}: no other order heeds it; add that, or leave it out"
+            )
     try:
         return replace(Schedules(), **fields)
     except SchedulerError as error:
         raise OptionError(str(error)) from None
+
+
+def require_heeded(choices: Choices) -> None:
+    """Raise OptionError for ways of scheduling that none of the policies and budgets of the choices would heed.
+
+    >>> require_heeded(Choices(policies=("static",), schedules=Schedules(orders=("shortest",))))
+    Traceback (most recent call last):
+    ui.questions.OptionError: --order shortest with --policy static: static batches take requests as they come; add ...
+    """
+    asked, policies = choices.schedules, choices.policies
+    among = f"with --policy {','.join(policies)}"
+    if asked.orders != (DEFAULTS["order"],) and set(policies) == {"static"}:
+        raise OptionError(
+            f"--order {','.join(asked.orders)} {among}: static batches take requests as they come; add another policy, "
+            "or leave it out"
+        )
+    if asked.group_tokens != (DEFAULTS["group_tokens"],) and "layered" not in policies:
+        words = ",".join(map(str, asked.group_tokens))
+        raise OptionError(
+            f"--group-tokens {words} {among}: layered alone has groups of layers; add it, or leave it out"
+        )
+    sizes = [tokens for tokens in asked.chunk_tokens if tokens is not None]
+    words = ",".join(map(str, sizes))
+    if sizes and "chunked" not in policies:
+        raise OptionError(f"--chunk-tokens {words} {among}: chunked alone cuts prompts; add it, or leave it out")
+    most = max(choices.token_budgets)
+    if sizes and min(sizes) >= most:
+        raise OptionError(f"--chunk-tokens {words}: expected some below the largest token budget, {most}, or none")
 
 
 def _deadline_s(text: str, word: str) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from planner.space import Choices
+from planner.catalogue import open_catalogue
+from planner.space import Choices, enumerate_pools
 from ui.cli import main
 from ui.contextwords import LARGE_STEPS, with_context
 from ui.questions import OptionError
@@ -62,7 +64,11 @@ def test_a_search_names_the_degrees(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--cp", "two"), "--cp two: 'two' found, expected whole numbers from 1"),
+        (("--cp", "two"), "--cp two: 'two' found, expected 1,2,4 or auto"),
+        (("--cp", "2/3"), "--cp 2/3: '2/3' found, expected 1,2,4 or auto"),
+        (("--cp", "0"), "--cp 0: '0' found, expected 1,2,4 or auto"),
+        (("--gpus", "2", "--cp", "3"), "--cp 3: '3' found, expected at most 2, the devices at hand"),
+        (("--cp", "1", "--cp-kind", "ulysses"), "--cp-kind ulysses with --cp 1: expected degrees above 1 too"),
         (("--cp", "2", "--cp-kind", "spiral"), "--cp-kind spiral: 'spiral' found, expected some of ring, tokenring"),
         (("--cp-kind", "ring"), "--cp-kind ring without --cp: expected degrees such as --cp 1,2,4, or --cp auto"),
     ],
@@ -80,6 +86,31 @@ def test_a_ring_is_offered_beyond_the_heads(capsys: pytest.CaptureFixture[str], 
     code, _, err = run(capsys, "simulate", str(path), "--requests", "10")
     assert code == 4
     assert "take ring" in err
+
+
+def test_a_search_without_the_heads_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", "llama-3.1-8b", "--hardware", "h100-sxm", "--gpus", "64", "--requests", "20", "--seconds", "2")
+    code, out, err = run(capsys, "plan", *words, "--cp", "64", "--cp-kind", "ulysses")
+    assert (code, out) == (4, "")
+    assert err.count("\n") == 1
+    assert "cp 64 of llama-3.1-8b with kind ulysses" in err
+    assert "divides its 32 query heads, or kind ring" in err
+
+
+def test_larger_steps_are_for_several_ranks_only() -> None:
+    """Short prompts: auto tries one rank, with the usual steps; degrees that were typed have the larger ones too."""
+    catalogue = open_catalogue("llama-3.2-1b", "h100-sxm", 2, "vllm")
+    usual = Choices(policies=("chunked", "prefill-first"), max_seqs=(8,))
+    auto = with_context(usual, "auto", None, prompt_tokens=[1000], gpus=2)
+    pools = [enumerate_pools(catalogue, choices, 4096).pools for choices in (usual, auto)]
+    assert pools[0] and pools[0] == pools[1]
+    typed = with_context(usual, "1,2", None, prompt_tokens=[1000], gpus=2)
+    both = [pool for pool, _ in enumerate_pools(catalogue, typed, 4096).pools]
+    assert [pool for pool in both if pool.cp == 1] == [pool for pool, _ in pools[0]]
+    steps = {pool.token_budget for pool in both if pool.cp == 2 and pool.policy == "chunked"}
+    assert steps == {*usual.token_budgets, *LARGE_STEPS}
+    asked = with_context(replace(usual, token_budgets=(2048, 16_384)), "1,2", None, prompt_tokens=[9], gpus=2)
+    assert asked.budgets(1) == (2048, 16_384)
 
 
 def test_what_was_typed_is_what_is_looked_at() -> None:

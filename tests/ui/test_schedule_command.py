@@ -83,6 +83,15 @@ def test_groups_of_layers_alone(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert code != 0 and "pools[0].policy is 'layered'" in err and err.count("\n") == 1
 
 
+def test_groups_of_layers_on_two_stages_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    pool = "{replicas: 1, pp: 2, policy: layered, token_budget: 8192, max_seqs: 8}"
+    path.write_text(f"model: llama-3.2-1b\nhardware: h100-sxm\ngpus: 2\npools:\n- {pool}\n")
+    code, out, err = run(capsys, "simulate", str(path), "--requests", "10")
+    assert code != 0 and out == "" and err.count("\n") == 1
+    assert "policy is 'layered', expected another where pp is 2: layers pass in groups on one stage and one" in err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -95,6 +104,13 @@ def test_groups_of_layers_alone(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (("--group-tokens", "x"), "--group-tokens x: 'x' found"),
         (("--overlap", "both"), "--overlap both: 'both' found, expected some of none, fused-norm, two-way"),
         (("--ageing", "-1"), "'--ageing': -1.0 is not a finite number of at least 0"),
+        (("--policy", "static", "--order", "shortest"), "--order shortest with --policy static: static batches take"),
+        (("--policy", "layered", "--chunk-tokens", "512"), "--chunk-tokens 512 with --policy layered: chunked alone"),
+        (("--deadlines", "2s"), "--deadlines 2s without --order deadline: no other order heeds it"),
+        (("--deadlines", "2s", "--order", "fcfs"), "--deadlines 2s without --order deadline"),
+        (("--ageing", "100"), "--ageing 100.0 without --order shortest: no other order heeds it"),
+        (("--group-tokens", "256"), "--group-tokens 256 with --policy chunked,prefill-first: layered alone has groups"),
+        (("--chunk-tokens", "none,8192"), "--chunk-tokens 8192: expected some below the largest token budget, 8192"),
         (("--policy", "layers"), "--policy layers: 'layers' found, expected some of chunked"),
     ],
 )
@@ -102,5 +118,5 @@ def test_words_that_mean_nothing_are_told_in_one_line(
     capsys: pytest.CaptureFixture[str], words: tuple[str, ...], told: str
 ) -> None:
     code, out, err = run(capsys, "plan", "--model", "llama-3.2-1b", "--gpus", "1", "--requests", "20", *words)
-    assert code != 0 and out == ""
+    assert (code, out) == (2, "")
     assert err.count("\n") == 1 and told in err
