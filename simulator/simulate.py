@@ -109,8 +109,8 @@ def _require_targets(order: str, targets_s: Sequence[float], classes: Sequence[s
     """Raise SchedulerError for deadlines of other SLO classes than the requests have."""
     if order == "deadline" and len(targets_s) not in (1, len(classes)):
         raise SchedulerError(
-            f"{len(targets_s)} deadlines for requests of {len(classes)} SLO classes ({', '.join(classes)}); expected one "
-            "for all, or one for each in this order"
+            f"{len(targets_s)} deadlines for requests of {len(classes)} SLO classes ({', '.join(classes)}); expected "
+            "one for all, or one for each in this order"
         )
 
 
