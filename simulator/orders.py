@@ -19,7 +19,7 @@ def ranking(order: str, ageing_tokens_per_s: float = 0.0, targets_s: Sequence[fl
 
     shortest   the shortest prompt first; one that has waited for t seconds counts as ageing_tokens_per_s * t tokens
                shorter (Nexus, arXiv:2507.06608v2, Algorithm 2). All that wait age alike, so that ranks stay.
-    deadline   the earliest arrival + target of its SLO class first; one target stands for all classes
+    deadline   the earliest arrival + target of its SLO class first; the last target stands for all further classes
     priority   the class of the lowest number first, within a class by arrival
 
     Raises SchedulerError for another order, an ageing below 0, and deadlines without targets.

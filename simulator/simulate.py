@@ -11,7 +11,6 @@ import simpy
 from simulator.collect import collect
 from simulator.deployment import AnyReplica, Deployment
 from simulator.encoding import prepared
-from simulator.errors import SchedulerError
 from simulator.log import Log
 from simulator.pools import Pools
 from simulator.prefixcache import equip
@@ -75,9 +74,6 @@ def run(
         spec.start(prompts, outputs.copy() if deployment.pooled else outputs, log, index)
         for index, spec in enumerate(deployment.replicas)
     ]
-    for replica in replicas:
-        config = replica.schedulers[0].config
-        _require_targets(config.order, config.targets_s, requests.class_names)
     if len(requests.class_names) > 1:
         classes = requests.slo_class.tolist()
         for replica in replicas:
@@ -103,15 +99,6 @@ def run(
         if encoding is not None:
             encoding.detach(log)
     return log
-
-
-def _require_targets(order: str, targets_s: Sequence[float], classes: Sequence[str]) -> None:
-    """Raise SchedulerError for deadlines of other SLO classes than the requests have."""
-    if order == "deadline" and len(targets_s) not in (1, len(classes)):
-        raise SchedulerError(
-            f"{len(targets_s)} deadlines for requests of {len(classes)} SLO classes ({', '.join(classes)}); expected "
-            "one for all, or one for each in this order"
-        )
 
 
 def _serve(

@@ -67,10 +67,6 @@ def schedules(
 
 def require_heeded(choices: Choices) -> None:
     """Raise OptionError for ways of scheduling that none of the policies and budgets of the choices would heed.
-
-    >>> require_heeded(Choices(policies=("static",), schedules=Schedules(orders=("shortest",))))
-    Traceback (most recent call last):
-    ui.questions.OptionError: --order shortest with --policy static: static batches take requests as they come; add ...
     """
     asked, policies = choices.schedules, choices.policies
     among = f"with --policy {','.join(policies)}"

@@ -142,13 +142,6 @@ def test_deadlines_order_by_arrival_and_target(models) -> None:
     assert first_tokens(model, requests, order="deadline", targets_s=(1.0,)) == [0, 1, 2, 3]
 
 
-def test_deadlines_are_those_of_the_requests_classes(models) -> None:
-    requests = asked((0.0, 100, 2), (0.01, 50, 2), classes=(0, 1))
-    config = SchedulerConfig(max_seqs=1, order="deadline", targets_s=(1.0, 2.0, 3.0))
-    with pytest.raises(SchedulerError, match=r"3 deadlines for requests of 2 SLO classes \(urgent, patient\)"):
-        served(models["llama-3.1-8b"], config, requests)
-
-
 def test_an_urgent_request_takes_the_place_of_a_patient_one(models) -> None:
     model = models["llama-3.1-8b"]
     requests = asked((0.0, 100, 400), (0.1, 100, 400), (0.2, 100, 5), classes=(1, 1, 0))
