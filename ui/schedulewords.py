@@ -66,8 +66,7 @@ def schedules(
 
 
 def require_heeded(choices: Choices) -> None:
-    """Raise OptionError for ways of scheduling that none of the policies and budgets of the choices would heed.
-    """
+    """Raise OptionError for ways of scheduling that none of the policies and budgets of the choices would heed."""
     asked, policies = choices.schedules, choices.policies
     among = f"with --policy {','.join(policies)}"
     if asked.orders != (DEFAULTS["order"],) and set(policies) == {"static"}:
