@@ -22,6 +22,7 @@ from simulator.errors import SchedulerError
 from simulator.itl import gaps_by_group
 from simulator.log import Log
 from simulator.metrics import summarize
+from simulator.result import STEP_COLUMNS
 from simulator.routers import ROUTERS
 from simulator.scheduler import SchedulerConfig
 from simulator.shared import DECODE, PREFILL, SharedReplica, SharedScheduler, SharedSpec
@@ -182,11 +183,17 @@ def test_is_the_step_by_step_oracle(requests: Requests, shares: Shares) -> None:
 @CHECKED
 @given(traffic(), SHARES)
 def test_with_a_crowded_memory_runs_of_steps_stay_near_the_oracle(requests: Requests, shares: Shares) -> None:
-    """The crowding of a run of equal batches is that of its first step; contexts grow 120-fold here within runs."""
-    log = run(Deployment([spec(Static(shares), some=CROWDED)]), requests)
+    """The crowding of a run of equal batches is that of its first step; contexts grow 120-fold here within runs.
+
+    Whoever comes as a step begins may take part in it or in the next one: a step more or less, too.
+    """
+    log = run(Deployment([spec(Static(shares), some=CROWDED)]), requests, record=True)
     first, finish = oracle(CROWDED, shares, requests)
-    np.testing.assert_allclose(np.array(log.finish_s), finish, rtol=0.05)
-    np.testing.assert_allclose(np.array(log.first_token_s), first, rtol=0.05)
+    rows = np.array(log.segments).reshape(-1, len(STEP_COLUMNS))
+    start, end, steps = (rows[:, STEP_COLUMNS.index(name)] for name in ("start_s", "end_s", "steps"))
+    step_s = float(((end - start) / steps).max())
+    np.testing.assert_allclose(np.array(log.finish_s), finish, rtol=0.05, atol=step_s)
+    np.testing.assert_allclose(np.array(log.first_token_s), first, rtol=0.05, atol=step_s)
 
 
 def test_a_crowded_memory_slows_both_phases() -> None:
